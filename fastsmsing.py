@@ -1,0 +1,137 @@
+"""FastSMSing as the proxy sees it: what a client must offer, and a stand-in that needs no network.
+
+FastSMSing bills per request, whatever the request holds, and reports each message's fate later to
+every subscriber. To plug in the real provider, write a class with the three methods of
+`FastSmsingClient`; nothing here or elsewhere has to change.
+"""
+from __future__ import annotations
+
+import queue
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+__all__ = ["FastSmsingClient", "FastSmsingError", "InMemoryClient", "Message", "MessageStatus", "RejectedError"]
+
+
+class FastSmsingError(Exception):
+    """A request to FastSMSing failed, and may be tried again.
+
+    `retry_after` is the shortest wait in seconds that the provider asked for before the next try.
+    """
+
+    def __init__(self, *args: object, retry_after: float = 0.0) -> None:
+        super().__init__(*args)
+        self.retry_after = retry_after
+
+
+class RejectedError(FastSmsingError):
+    """FastSMSing refuses this batch for good: trying again would only cost money."""
+
+
+class MessageStatus(str, Enum):
+    """What FastSMSing reports of a message."""
+
+    CONFIRMED = "CONFIRMED"
+    FAILED = "FAILED"
+    DELIVERED = "DELIVERED"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a batch. Its `repr` shows the ID alone, so that logs stay private."""
+
+    phone_number: str = field(repr=False)
+    message: str = field(repr=False)
+    message_id: str
+
+
+class FastSmsingClient(Protocol):
+    """What the proxy needs of a provider. Every method is called from several threads."""
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Hands over one batch as one paid request; blocks until FastSMSing took all of it.
+
+        Raises `RejectedError` when it never will; anything else raised means "try again". It should
+        have time limits of its own: a call that never returns occupies one sender for ever.
+        """
+
+    def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
+        """Puts every later delivery report into `updates` as a mapping of message ID to status.
+
+        `None` says that no more will come. The queue is bounded, so putting may block for a while.
+        """
+
+    def stop(self) -> None:
+        """Ends reports (`None` to every subscriber) and frees what the client holds."""
+
+
+class InMemoryClient:
+    """A provider in memory: takes every batch after `latency` seconds and reports at once.
+
+    Each message is reported `CONFIRMED`, then `DELIVERED`, or `FAILED` with probability
+    `undelivered_rate`; a whole request raises `FastSmsingError` with probability `failure_rate`.
+    Thread-safe. `rng` (default: a new `random.Random`) makes a run repeatable.
+    """
+
+    def __init__(
+        self,
+        *,
+        latency: float = 0.0,
+        failure_rate: float = 0.0,
+        undelivered_rate: float = 0.0,
+        rng: random.Random | None = None,
+    ) -> None:
+        if not latency >= 0:
+            raise ValueError("latency must not be negative")
+        for name, rate in (("failure_rate", failure_rate), ("undelivered_rate", undelivered_rate)):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name} must be between 0 and 1")
+        self._latency = latency
+        self._failure_rate = failure_rate
+        self._undelivered_rate = undelivered_rate
+        self._rng = rng or random.Random()
+        self._lock = threading.Lock()  # guards _rng and _subscribers
+        self._subscribers: list[queue.Queue[Mapping[str, object] | None]] = []
+        self._stopped = threading.Event()
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Takes the batch, or raises `FastSmsingError`; blocks for `latency` seconds, less on stop."""
+        if self._latency:
+            self._stopped.wait(self._latency)
+        with self._lock:
+            if self._stopped.is_set():
+                raise FastSmsingError("the client is stopped")
+            if self._failure_rate and self._rng.random() < self._failure_rate:
+                raise FastSmsingError("simulated failure")
+            rate, draw = self._undelivered_rate, self._rng.random
+            confirmed = {message.message_id: MessageStatus.CONFIRMED for message in messages}
+            final = {
+                message_id: MessageStatus.FAILED if rate and draw() < rate else MessageStatus.DELIVERED
+                for message_id in confirmed
+            }
+            subscribers = tuple(self._subscribers)
+        for updates in subscribers:
+            updates.put(confirmed)
+            updates.put(final)
+
+    def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
+        """Adds a subscriber; after `stop` it only gets the closing `None`."""
+        with self._lock:
+            self._subscribers.append(updates)
+            stopped = self._stopped.is_set()
+        if stopped:
+            updates.put(None)
+
+    def stop(self) -> None:
+        """Refuses further batches, wakes those that wait, and closes every subscription once."""
+        with self._lock:
+            if self._stopped.is_set():
+                return
+            self._stopped.set()
+            subscribers = tuple(self._subscribers)
+        for updates in subscribers:
+            updates.put(None)

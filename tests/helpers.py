@@ -1,0 +1,127 @@
+"""Doubles and small tools that several test modules share."""
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from fastsmsing import Message
+from http_front import Limits
+from restapi import SmsServer
+from smsproxy import SmsProxy
+
+HANG = 30.0  # seconds after which a test has hung; nothing is paced by it
+
+
+class Recorder:
+    """A provider double that takes every batch at once and remembers it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Message]] = []
+        self.subscribers: list[queue.Queue[Mapping[str, object] | None]] = []
+        self.stopped = threading.Event()
+        self._changed = threading.Condition()
+
+    def send(self, messages: Sequence[Message]) -> None:
+        with self._changed:
+            self.batches.append(list(messages))
+            self._changed.notify_all()
+
+    def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
+        self.subscribers.append(updates)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        for updates in self.subscribers:
+            updates.put(None)
+
+    def report(self, reports: Mapping[str, object]) -> None:
+        """Sends one delivery report to every subscriber."""
+        for updates in self.subscribers:
+            updates.put(reports)
+
+    def wait_for(self, predicate: Callable[[list[list[Message]]], bool]) -> None:
+        """Blocks until the batches so far satisfy the predicate."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: predicate(self.batches), HANG), "the batches never came"
+
+    @property
+    def ids(self) -> list[str]:
+        """The IDs of all messages taken, in order."""
+        return [message.message_id for batch in self.batches for message in batch]
+
+
+class Gate(Recorder):
+    """A provider double that holds every request until it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Semaphore(0)
+        self.opened = threading.Event()
+
+    def send(self, messages: Sequence[Message]) -> None:
+        self.entered.release()
+        if not self.opened.wait(HANG):
+            raise TimeoutError("the gate was never opened")
+        super().send(messages)
+
+    def wait_entered(self, requests: int = 1) -> None:
+        """Blocks until so many more requests wait at the gate."""
+        for _ in range(requests):
+            assert self.entered.acquire(timeout=HANG), "no request came to the gate"
+
+
+class Scripted(Recorder):
+    """A provider double whose requests raise what the script says, one entry a request; None takes the batch.
+
+    Once the script is over every batch is taken. `attempts` has every request, the failed ones, too.
+    """
+
+    def __init__(self, *script: BaseException | None) -> None:
+        super().__init__()
+        self.script = list(script)
+        self.attempts: list[list[Message]] = []
+        self._lock = threading.Lock()
+
+    def send(self, messages: Sequence[Message]) -> None:
+        with self._lock:
+            self.attempts.append(list(messages))
+            error = self.script.pop(0) if self.script else None
+        if error is not None:
+            raise error
+        super().send(messages)
+
+
+@contextlib.contextmanager
+def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Iterator[SmsServer]:
+    """A server for the proxy on a free port of the loopback, in a thread of its own, until the block ends."""
+    server = SmsServer(("127.0.0.1", 0), proxy, limits=limits, **options)
+    thread = threading.Thread(target=server.serve_forever, name="server under test", daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown(1.0)
+        thread.join(HANG)
+        server.server_close()
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def request(
+    server: SmsServer, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, Any, http.client.HTTPMessage]:
+    """One request on a connection of its own; a dict is sent as JSON. Returns status, document, headers."""
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=HANG)
+    try:
+        data = json.dumps(body) if isinstance(body, dict) else body
+        connection.request(method, path, data, dict(headers or {}))
+        response = connection.getresponse()
+        payload = response.read()
+        is_json = response.headers.get_content_type() == "application/json"
+        return response.status, json.loads(payload) if is_json and payload else payload, response.headers
+    finally:
+        connection.close()
