@@ -90,14 +90,17 @@ class FrontHandler(BaseHTTPRequestHandler):
         # Not super().__init__(): it would read and answer here and now, blocking.
         self.connection, self.client_address, self.server = request, client_address, server
         self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
-        self.body = b""
+        self.headers, self.body = {}, b""
         self.close_connection = False
+        self._fields = ""  # the text behind `headers`
         self._buffer = bytearray()  # received, not yet cut into requests
         self._scanned = 0  # bytes of the buffer already searched for the end of a head
         self._length: int | None = None  # of the body whose head is in; None before the head and after the answer
         self._reading = True  # the clock of the current head runs
         self._unsent: memoryview | None = None
-        self._deferred = self._ended = self._lingering = self._closed = False
+        self._busy = False  # an answer is deferred or not sent whole
+        self._finished = False  # the last answer has been given: whatever else comes is not for us
+        self._ended = self._lingering = self._closed = False
         self._interest = 0  # what the selector watches this connection for
         self._set_deadline(server.limits.read_timeout)
 
@@ -120,7 +123,7 @@ class FrontHandler(BaseHTTPRequestHandler):
         content_type: str = "application/json",
     ) -> None:
         """Sends the whole answer to the current request; what the socket does not take now goes later."""
-        close = self.close_connection = self.close_connection or self.server.closing
+        close = self._finished = self.close_connection or self.server.closing
         head = f"{STATUS_LINES[status]}{self.server.date}Content-Length: {len(body)}\r\n"
         if body:
             head += f"Content-Type: {content_type}\r\n"
@@ -140,7 +143,7 @@ class FrontHandler(BaseHTTPRequestHandler):
 
     def defer(self, future: Future[Any], then: Callable[[Any], None]) -> None:
         """Answers later: `then(result)` runs in the loop once the Future is done; its error is translated."""
-        self._deferred = True
+        self._busy = True
         self.deadline = NEVER  # whoever works on the answer has limits of its own
         future.add_done_callback(lambda done: self.server.call_soon(lambda: self._resume(done, then)))
 
@@ -173,7 +176,7 @@ class FrontHandler(BaseHTTPRequestHandler):
     def drop(self, reason: str) -> None:
         """Closes the connection now; a second call does nothing."""
         if not self._closed:
-            self._closed = True
+            self._closed = self._finished = True
             log.debug("%s connection closed: %s", self.client_address[0], reason)
             self.server.forget(self, self._interest)
             self.connection.close()
@@ -182,15 +185,6 @@ class FrontHandler(BaseHTTPRequestHandler):
     def idle(self) -> bool:
         """Whether nothing of a request has come and no answer is under way."""
         return not (self._busy or self._buffer or self._lingering or self._length is not None)
-
-    @property
-    def _busy(self) -> bool:
-        return self._deferred or self._unsent is not None
-
-    @property
-    def _finished(self) -> bool:
-        """Whether the last answer has been given, so that whatever else comes is not for us."""
-        return self._closed or (self.close_connection and self._length is None)
 
     def _set_deadline(self, seconds: float) -> None:
         self.deadline = self.server.now + seconds
@@ -237,16 +231,18 @@ class FrontHandler(BaseHTTPRequestHandler):
         if sent < len(data):
             if self._unsent is None:
                 self._set_deadline(self.server.limits.write_timeout)
-            self._unsent = memoryview(data)[sent:]
-        else:
-            self._unsent = None
-            if self._finished:
-                self._finish()
+            self._busy, self._unsent = True, memoryview(data)[sent:]
+        elif self._finished:
+            self._finish()
 
     def _flush(self) -> None:
-        if self._unsent is not None and not self._closed:
-            self._write(self._unsent)
-            if self._unsent is None and not self._finished:
+        if self._unsent is None or self._closed:
+            return
+        self._busy, rest = False, self._unsent
+        self._write(rest)
+        if not self._busy:
+            self._unsent = None
+            if not self._finished:
                 self._set_deadline(self.server.limits.idle_timeout)
                 self._advance()
 
@@ -280,9 +276,9 @@ class FrontHandler(BaseHTTPRequestHandler):
                 self._fail(error)
 
     def _resume(self, done: Future[Any], then: Callable[[Any], None]) -> None:
-        self._deferred = False
         if self._closed:
             return
+        self._busy = False
         try:
             then(done.result())
         except Exception as error:  # the same boundary, for what was deferred
@@ -325,8 +321,10 @@ class FrontHandler(BaseHTTPRequestHandler):
                     self._expect()
         if len(buffer) < self._length:
             return False
-        self.body = bytes(buffer[: self._length])
-        del buffer[: self._length]
+        self.body = b""
+        if self._length:
+            self.body = bytes(buffer[: self._length])
+            del buffer[: self._length]
         return True
 
     def _wait_for_head(self) -> None:
@@ -364,16 +362,10 @@ class FrontHandler(BaseHTTPRequestHandler):
         if len(target) > self.server.limits.target:
             raise HttpError(HTTPStatus.REQUEST_URI_TOO_LONG, "the target is too long", close=True)
         self.path = self._path(target)
-        if FIELD_LINES.fullmatch(fields) is None:
-            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed header field (RFC 9112, 5)", close=True)
-        lines = fields.split("\r\n")
-        if len(lines) - 1 > self.server.limits.fields:
-            raise HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too many header fields", close=True)
-        self.headers = headers = {}
-        for line in lines[:-1]:
-            name, _, value = line.partition(":")
-            name, value = name.lower(), value.strip(" \t")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value  # RFC 9110, 5.3
+        if fields != self._fields:  # most clients repeat them: a fifth of the time of a GET, saved
+            self.headers = self._parse_fields(fields)
+            self._fields = fields
+        headers = self.headers
         host = headers.get("host", "" if minor == "0" else None)
         if host is None or HOST.fullmatch(host) is None:
             raise HttpError(HTTPStatus.BAD_REQUEST, "exactly one valid Host is needed (RFC 9112, 3.2)", close=True)
@@ -383,6 +375,19 @@ class FrontHandler(BaseHTTPRequestHandler):
         if minor != "0" and headers.get("expect", "100-continue").lower() != "100-continue":
             raise HttpError(HTTPStatus.EXPECTATION_FAILED, "only 100-continue can be expected", close=True)
         return self._body_length(headers)
+
+    def _parse_fields(self, fields: str) -> dict[str, str]:
+        if FIELD_LINES.fullmatch(fields) is None:
+            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed header field (RFC 9112, 5)", close=True)
+        lines = fields.split("\r\n")[:-1]
+        if len(lines) > self.server.limits.fields:
+            raise HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too many header fields", close=True)
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip(" \t")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value  # RFC 9110, 5.3
+        return headers
 
     def _path(self, target: str) -> str:
         """The path of an origin-form or absolute-form target, without the query (RFC 9112, 3.2)."""
@@ -418,7 +423,7 @@ class FrontHandler(BaseHTTPRequestHandler):
 class FrontServer(HTTPServer):
     """The loop: accepts, watches sockets and deadlines, and runs what other threads hand back.
 
-    Making one binds the address (OSError if it is taken), but listening begins with `serve_forever`.
+    Making one binds the address (OSError if it is taken), but nobody can connect before `listen`.
     `serve_forever` blocks its thread; `shutdown`, `call_soon` and `submit` may be called from any
     thread and from signal handlers. `answers` counts answers by status code.
     """
@@ -437,7 +442,7 @@ class FrontServer(HTTPServer):
         self.date = ""
         self._date_until = 0.0
         self._connections: set[FrontHandler] = set()
-        self._accepting = False
+        self._listening = self._accepting = False
         self._accept_again = self._stop_at = NEVER
         self._shutdown_timeout = 0.0
         self._calls: deque[Callable[[], None]] = deque()
@@ -445,6 +450,7 @@ class FrontServer(HTTPServer):
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="smsproxy-http")
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
+        self._handler = handler
         super().__init__(address, handler, bind_and_activate=False)
         try:
             self.server_bind()
@@ -463,12 +469,18 @@ class FrontServer(HTTPServer):
     def server_bind(self) -> None:
         """Binds without the name look-up of `HTTPServer.server_bind`, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def listen(self) -> None:
+        """Lets clients connect, before `serve_forever` serves them; a second call does nothing."""
+        if not self._listening:
+            self._listening = True
+            self.server_activate()
+            self._accept_on()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Listens and serves until `shutdown`, then until every running request is answered."""
-        self.server_activate()
-        self._accept_on()
+        """Serves until `shutdown`, then until every running request is answered."""
+        self.listen()
         while not self.closing or self._connections:
             self._tick()
             timeout = None if self.soonest == NEVER else max(0.0, self.soonest - self.now)
@@ -574,7 +586,7 @@ class FrontServer(HTTPServer):
                     self._accept_off(ACCEPT_PAUSE)
                 return
             request.setblocking(False)
-            handler = self.RequestHandlerClass(request, address, self)
+            handler = self._handler(request, address, self)
             self._connections.add(handler)
             self._guard(handler.ready, READ)  # the request is mostly there already
 

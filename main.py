@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from fastsmsing import FastSmsingClient
 from http_front import Limits
@@ -161,12 +161,12 @@ def load(factory: str) -> Callable[[], FastSmsingClient]:
     module, _, name = factory.partition(":")
     sys.path.append(os.getcwd())
     try:
-        found = operator.attrgetter(name)(importlib.import_module(module))
+        found: Any = operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValidationError("client", f"{factory!r} cannot be loaded as MODULE:FACTORY: {error}") from None
     if not callable(found):
         raise ValidationError("client", f"{factory!r} is not callable")
-    return found
+    return cast(Callable[[], FastSmsingClient], found)
 
 
 class JsonFormatter(logging.Formatter):
@@ -207,6 +207,7 @@ def run(options: argparse.Namespace) -> int:
         undo.callback(server.server_close)
         deadline = _until_signal(server, options.drain_timeout)
         proxy.start()
+        server.listen()
         log.info("listening on %s port %d", *server.server_address[:2])
         server.serve_forever()
         log.info("stopping: no new requests; handing over what is pending")
@@ -214,7 +215,7 @@ def run(options: argparse.Namespace) -> int:
     if left:
         log.error("stopped; %d messages could not be handed over", left)
         return 1
-    log.info("stopped; everything was handed over")
+    log.info("stopped; nothing is pending")
     return 0
 
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ ROUTES = {
     "*": ("GET", "HEAD", "POST"),
 }
 FIELDS = {"phone_number": "PhoneNumber", "message": "Content"}  # the domain's names and ours
-REFUSALS = {  # error of the domain → status, seconds to wait before another try
+REFUSALS: dict[type[Exception], tuple[int, int | None]] = {  # error of the domain → status, seconds to wait before another try
     IdempotencyError: (HTTPStatus.UNPROCESSABLE_ENTITY, None),
     OverloadedError: (HTTPStatus.SERVICE_UNAVAILABLE, 1),
     RepositoryUnavailableError: (HTTPStatus.SERVICE_UNAVAILABLE, 5),
     ClosedError: (HTTPStatus.SERVICE_UNAVAILABLE, 10),
 }
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
+_encode = json.JSONEncoder().encode
 STATUS_BODIES = {status: json.dumps({"Status": status.value}).encode() for status in MessageStatus}
 OPENAPI = Path(__file__).with_name("openapi.json")
 METRICS = (  # name, type, label, help
@@ -93,8 +95,8 @@ class SmsHandler(FrontHandler):
         """The answer to an error of the domain."""
         if isinstance(error, ValidationError):
             return HttpError(HTTPStatus.BAD_REQUEST, f"{FIELDS.get(error.field, error.field)} {error.problem}")
-        status, wait = REFUSALS.get(type(error), (None, None))
-        if status is not None:
+        if type(error) in REFUSALS:
+            status, wait = REFUSALS[type(error)]
             return HttpError(status, str(error), {"Retry-After": str(wait)} if wait else None)
         return super().translate(error)
 
@@ -133,11 +135,10 @@ class SmsHandler(FrontHandler):
     do_HEAD = do_GET  # RFC 9110, 9.3.2: the front leaves the body out
 
     def _accepted(self, result: SendingResult) -> None:
-        body = json.dumps({"ID": result.id}).encode()
-        self.answer(HTTPStatus.ACCEPTED, body, {"Location": f"/sms/{result.id}"})
+        self.answer(202, f'{{"ID": {_encode(result.id)}}}'.encode(), {"Location": f"/sms/{result.id}"})
 
     def _status(self, status: MessageStatus) -> None:
-        self.answer(HTTPStatus.OK, STATUS_BODIES[status])
+        self.answer(200, STATUS_BODIES[status])
 
     def _health(self, reasons: list[str]) -> None:
         if self.server.closing and "shutting down" not in reasons:
@@ -187,28 +188,23 @@ def _message(body: bytes) -> SendMessage:
     return SendMessage(doc["phonenumber"], doc["content"])
 
 
-def _exposition(proxy: SmsProxy, answers: dict[int, int]) -> str:
+def _exposition(proxy: SmsProxy, answers: Mapping[int, int]) -> str:
     """Prometheus text format 0.0.4."""
-    counts = proxy.metrics.counts()
-    values: dict[tuple[str, str], float] = {(name, ""): value for name, value in proxy.gauges().items()}
-    values.update(counts)
+    values: dict[tuple[str, str | float], float] = {(name, ""): value for name, value in proxy.gauges().items()}
+    values.update(proxy.metrics.counts())
     values.update({("smsproxy_http_responses_total", str(code)): count for code, count in answers.items()})
-    paid = counts.get(("smsproxy_provider_requests_total", "ok"), 0)
-    values["smsproxy_requests_saved_total", ""] = counts.get(("smsproxy_messages_handed_over_total", ""), 0) - paid
     lines = []
     for name, kind, label, text in METRICS:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         if kind == "histogram":
-            lines += _histogram(name, proxy.metrics)
+            total = 0.0
+            for bound in Metrics.BOUNDS[name]:
+                total += values.get((name, bound), 0)
+                lines.append(f'{name}_bucket{{le="{bound if bound < math.inf else "+Inf"}"}} {total:g}')
+            lines += [f"{name}_sum {values.get((f'{name}_sum', ''), 0)}", f"{name}_count {total:g}"]
         elif label:
-            lines += [f'{name}{{{label}="{key}"}} {value}' for (of, key), value in sorted(values.items()) if of == name]
+            found = sorted((str(key), value) for (of, key), value in values.items() if of == name)
+            lines += [f'{name}{{{label}="{key}"}} {value}' for key, value in found]
         else:
             lines.append(f"{name} {values.get((name, ''), 0)}")
     return "\n".join(lines) + "\n"
-
-
-def _histogram(name: str, metrics: Metrics) -> list[str]:
-    counts, total = metrics.histogram(name)
-    bounds = [*map(str, metrics.BOUNDS[name]), "+Inf"]
-    lines = [f'{name}_bucket{{le="{bound}"}} {count}' for bound, count in zip(bounds, counts)]
-    return [*lines, f"{name}_sum {total}", f"{name}_count {counts[-1]}"]

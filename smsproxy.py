@@ -6,10 +6,8 @@ remembers the status of every message. Nothing here knows of HTTP, flags or file
 """
 from __future__ import annotations
 
-import bisect
 import contextlib
 import hashlib
-import itertools
 import logging
 import math
 import queue
@@ -32,7 +30,8 @@ __all__ = [
     "FINAL_STATUSES", "IdempotencyError", "InMemoryRepository", "MessageStatus", "OverloadedError", "Repository",
     "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy",
     "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater",
-    "TRANSITIONS", "UnknownMessageError", "UnknownStatusError", "ValidationError", "map_to_internal_status",
+    "TRANSITIONS", "Metrics", "UnknownMessageError", "UnknownStatusError", "ValidationError",
+    "check_transition", "map_to_internal_status",
 ]  # fmt: skip
 
 log = logging.getLogger("smsproxy")
@@ -75,15 +74,9 @@ class IdempotencyError(SmsProxyError):
 class UnknownMessageError(SmsProxyError):
     """No message with this ID is stored."""
 
-    def __init__(self, message_id: str) -> None:
-        super().__init__(f"message {message_id} is not known")
-
 
 class StatusTransitionError(SmsProxyError):
     """`TRANSITIONS` does not allow this change of status."""
-
-    def __init__(self, message_id: str, current: MessageStatus, status: MessageStatus) -> None:
-        super().__init__(f"message {message_id} cannot go from {current.value} to {status.value}")
 
 
 class UnknownStatusError(SmsProxyError):
@@ -123,6 +116,16 @@ TRANSITIONS: Mapping[MessageStatus, frozenset[MessageStatus]] = {
     MessageStatus.FAILED: frozenset(),
     MessageStatus.DELIVERED: frozenset(),
 }
+
+
+def check_transition(message_id: str, current: MessageStatus, status: MessageStatus) -> None:
+    """The one judge: raises `UnknownMessageError` or `StatusTransitionError` for a change that is not allowed."""
+    if current is MessageStatus.NOT_FOUND:
+        raise UnknownMessageError(f"message {message_id} is not known")
+    if status not in TRANSITIONS[current]:
+        raise StatusTransitionError(f"message {message_id} cannot go from {current.value} to {status.value}")
+
+
 _INTERNAL = {status: MessageStatus(status.value) for status in fastsmsing.MessageStatus}
 
 
@@ -273,11 +276,7 @@ class InMemoryRepository:
     def update(self, message_id: str, status: MessageStatus) -> None:
         """Raises `UnknownMessageError` or `StatusTransitionError`, and then changes nothing."""
         with self._lock:
-            current = self._statuses.get(message_id)
-            if current is None:
-                raise UnknownMessageError(message_id)
-            if status not in TRANSITIONS[current]:
-                raise StatusTransitionError(message_id, current, status)
+            check_transition(message_id, self._statuses.get(message_id, MessageStatus.NOT_FOUND), status)
             self._statuses[message_id] = status
             if status in FINAL_STATUSES and self._retention:
                 self._remember_final(message_id)
@@ -307,85 +306,73 @@ class InMemoryRepository:
 
 
 class Metrics:
-    """Counters and histograms for monitoring, by metric name and label value. Thread-safe; never blocks for long."""
+    """Counters for monitoring, by metric name and label value. Thread-safe."""
 
-    BOUNDS: Mapping[str, tuple[float, ...]] = {
-        "smsproxy_batch_messages": (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
-        "smsproxy_provider_request_duration_seconds": (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+    BOUNDS: Mapping[str, tuple[float, ...]] = {  # of the histograms' buckets
+        "smsproxy_batch_messages": (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, math.inf),
+        "smsproxy_provider_request_duration_seconds": (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, math.inf),
     }
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards both
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._observed = {name: ([0] * (len(bounds) + 1), [0.0]) for name, bounds in self.BOUNDS.items()}
+        self._lock = threading.Lock()  # guards _counts
+        self._counts: dict[tuple[str, str | float], float] = {}
 
-    def add(self, name: str, label: str = "", amount: int = 1) -> None:
+    def add(self, name: str, label: str | float = "", amount: float = 1) -> None:
         """Adds to a counter."""
         with self._lock:
-            self._counts[name, label] += amount
+            self._counts[name, label] = self._counts.get((name, label), 0) + amount
 
     def observe(self, name: str, value: float) -> None:
-        """Adds one value to a histogram."""
-        counts, total = self._observed[name]
-        with self._lock:
-            counts[bisect.bisect_left(self.BOUNDS[name], value)] += 1
-            total[0] += value
+        """Adds a value to a histogram: counts its bucket, labelled by the upper bound, and sums it up."""
+        self.add(name, next(bound for bound in self.BOUNDS[name] if value <= bound))
+        self.add(f"{name}_sum", "", value)
 
-    def counts(self) -> dict[tuple[str, str], int]:
+    def counts(self) -> dict[tuple[str, str | float], float]:
         """The counters so far, by name and label."""
         with self._lock:
             return dict(self._counts)
 
-    def histogram(self, name: str) -> tuple[list[int], float]:
-        """The cumulative counts up to each bound and in all, and the sum."""
-        with self._lock:
-            counts, total = self._observed[name]
-            return list(itertools.accumulate(counts)), total[0]
-
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """How well the provider does. Batches, except where the name says otherwise."""
+    """How well the provider does."""
 
-    success: int
-    failed: int
-    success_percentage: float  # 100.0 when there was no batch yet
-    messages: int  # in all these batches
-    attempts: int
-    last_error: str | None
+    success: int = 0  # batches that it took
+    failed: int = 0  # batches given up
+    messages: int = 0  # in all these batches
+    attempts: int = 0
+    last_error: str | None = None
+
+    @property
+    def success_percentage(self) -> float:
+        """Of the batches; 100.0 when there was none yet."""
+        batches = self.success + self.failed
+        return 100.0 * self.success / batches if batches else 100.0
 
 
 class ClientStatistics:
     """Adds up the results of batches. Thread-safe, in constant memory."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards everything below
-        self._success = self._failed = self._messages = self._attempts = 0
-        self._last_error: str | None = None
+        self._lock = threading.Lock()  # guards changes of _sum; reading it is atomic
+        self._sum = Statistics()
 
     def send(self, result: ClientResult) -> None:
         """Counts one batch."""
+        failed = result.error is not None
         with self._lock:
-            self._messages += len(result.messages)
-            self._attempts += result.attempt
-            if result.error is None:
-                self._success += 1
-            else:
-                self._failed += 1
-                self._last_error = _reason(result.error, result.messages)
+            old = self._sum
+            self._sum = Statistics(
+                success=old.success + (not failed),
+                failed=old.failed + failed,
+                messages=old.messages + len(result.messages),
+                attempts=old.attempts + result.attempt,
+                last_error=_reason(result.error, result.messages) if result.error is not None else old.last_error,
+            )
 
     def get_statistics(self) -> Statistics:
         """The figures of one moment, already a little old when they are read."""
-        with self._lock:
-            batches = self._success + self._failed
-            return Statistics(
-                self._success,
-                self._failed,
-                100.0 * self._success / batches if batches else 100.0,
-                self._messages,
-                self._attempts,
-                self._last_error,
-            )
+        return self._sum
 
 
 def _reason(error: BaseException, messages: Iterable[Message]) -> str:
@@ -419,14 +406,10 @@ class _Worker:
 
     def stop(self, timeout: float | None) -> bool:
         """Lets the thread finish what is in the queue; False if it did not in `timeout` seconds."""
-        if not self._thread.is_alive():
-            return True
-        deadline = None if timeout is None else time.monotonic() + timeout
-        try:
-            self._inbox.put(None, timeout=timeout)
-        except queue.Full:
-            return False
-        self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Full):  # it hangs, which the join will tell
+                self._inbox.put(None, timeout=timeout)
+            self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -491,10 +474,7 @@ class SimpleBatchingClient:
         outgoing = Message(message.phone_number, message.message, message_id)
         self._reserve()
         try:
-            if fingerprint is None:
-                self._repository.save(message_id, outgoing)
-            else:
-                self._repository.save(message_id, outgoing, fingerprint)
+            self._repository.save(message_id, outgoing, *(() if fingerprint is None else (fingerprint,)))
         except BaseException:
             self._release(1)
             raise
@@ -517,13 +497,12 @@ class SimpleBatchingClient:
         """Queues what an earlier process accepted, whatever `max_pending` says; returns how many."""
         now, wall = self._clock(), time.time()
         restored = [(now - max(0.0, wall - accepted), message) for accepted, message in outbox]
-        if restored:
-            with self._condition:
-                self._start_threads()
-                self._pending += len(restored)
-                self._queued += len(restored)
-                self._fifo.extend(restored)
-                self._condition.notify()
+        with self._condition:
+            self._start_threads()
+            self._pending += len(restored)
+            self._queued += len(restored)
+            self._fifo.extend(restored)
+            self._condition.notify()
         return len(restored)
 
     def flush(self) -> None:
@@ -686,6 +665,7 @@ class SimpleBatchingClient:
             _persist(lambda: self._repository.handed_over(ids), self._hurry)  # type: ignore[attr-defined]
         self._metrics.add("smsproxy_batches_total", "handed_over")
         self._metrics.add("smsproxy_messages_handed_over_total", "", len(messages))
+        self._metrics.add("smsproxy_requests_saved_total", "", len(messages) - 1)
         log.info("handed over %d messages at attempt %d: %s", len(messages), attempt, _ids(messages))
 
     def _give_up(self, messages: Sequence[Message], why: str, reason: str) -> None:
@@ -817,6 +797,12 @@ class StatusUpdater:
     could not be applied; it is bounded, too: when full the oldest goes, and `errors_dropped` counts it.
     """
 
+    RESULTS: Mapping[type[Exception], str] = {
+        UnknownStatusError: "unknown_status",
+        UnknownMessageError: "unknown_message",
+        StatusTransitionError: "refused",
+    }
+
     def __init__(self, repository: Repository, *, metrics: Metrics | None = None) -> None:
         self.updates: queue.Queue[Mapping[str, object] | None] = queue.Queue(UPDATES_WAITING)
         self.errors: queue.Queue[StatusUpdateError | None] = queue.Queue(ERRORS_WAITING)
@@ -856,9 +842,7 @@ class StatusUpdater:
                 self._metrics.add("smsproxy_messages_final_total", status.value, count)
 
     def _fail(self, message_id: str, status: object, error: Exception) -> None:
-        results = {UnknownStatusError: "unknown_status", UnknownMessageError: "unknown_message",
-                   StatusTransitionError: "refused"}  # fmt: skip
-        self._metrics.add("smsproxy_status_updates_total", results.get(type(error), "error"))
+        self._metrics.add("smsproxy_status_updates_total", self.RESULTS.get(type(error), "error"))
         while True:
             try:
                 self.errors.put_nowait(StatusUpdateError(error, message_id, status))

@@ -21,7 +21,7 @@ from typing import Any
 from fastsmsing import Message
 from smsproxy import (
     FINAL_STATUSES, RETENTION, TRANSITIONS, DuplicateMessageError, MessageStatus, OverloadedError,
-    RepositoryUnavailableError, SmsProxyError, StatusTransitionError, UnknownMessageError,
+    RepositoryUnavailableError, SmsProxyError, check_transition,
 )  # fmt: skip
 
 __all__ = ["SqliteRepository"]
@@ -98,8 +98,7 @@ class SqliteRepository:
     def get(self, message_id: str) -> MessageStatus:
         """The status as last acknowledged, `NOT_FOUND` when unknown."""
         with self._reader() as db:
-            row = db.execute("SELECT status FROM message WHERE id = ?", (message_id,)).fetchone()
-        return MessageStatus(row[0]) if row else MessageStatus.NOT_FOUND
+            return self._status(db, message_id)
 
     def update(self, message_id: str, status: MessageStatus) -> None:
         """Raises `UnknownMessageError` or `StatusTransitionError`, and then changes nothing."""
@@ -118,12 +117,16 @@ class SqliteRepository:
                     f" WHERE id = ? AND status IN ({_FROM[status]})"
                 )
                 if not db.execute(sql, (status.value, final_at, message_id)).rowcount:
-                    failures[message_id] = _refusal(db, message_id, status)
+                    try:
+                        check_transition(message_id, self._status(db, message_id), status)
+                    except SmsProxyError as refusal:
+                        failures[message_id] = refusal
                 elif final_at is not None and self._purge_at is None and self._retention:
                     self._purge_at = final_at + self._retention
             return failures
 
-        return self._submit(change).result()
+        failures: dict[str, SmsProxyError] = self._submit(change).result()
+        return failures
 
     def handed_over(self, message_ids: Iterable[str]) -> None:
         """Takes messages out of the outbox and erases their numbers and texts."""
@@ -186,6 +189,7 @@ class SqliteRepository:
             db.execute("PRAGMA synchronous = FULL")
             if db.execute("PRAGMA synchronous").fetchone()[0] != 2:
                 raise RepositoryUnavailableError(f"{self._path}: synchronous=FULL is not to be had")
+            db.execute("PRAGMA fullfsync = ON")  # macOS: its plain fsync does not reach the disk
             db.execute("PRAGMA secure_delete = ON")  # what is erased is overwritten
             db.execute("BEGIN IMMEDIATE")
             for script in MIGRATIONS[version:]:
@@ -203,7 +207,7 @@ class SqliteRepository:
 
     def _version(self, db: sqlite3.Connection) -> int:
         """The schema's version; raises for a file that is not ours, before anything is written to it."""
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
         ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
         if not ours and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             raise RepositoryUnavailableError(f"{self._path}: the database belongs to something else")
@@ -239,6 +243,11 @@ class SqliteRepository:
                 self._readers.append(db)
                 return
         db.close()
+
+    @staticmethod
+    def _status(db: sqlite3.Connection, message_id: str) -> MessageStatus:
+        row = db.execute("SELECT status FROM message WHERE id = ?", (message_id,)).fetchone()
+        return MessageStatus(row[0]) if row else MessageStatus.NOT_FOUND
 
     def _submit(self, change: _Change, *, block: bool = True) -> Future[Any]:
         """Queues a change for the writer's next group."""
@@ -329,10 +338,3 @@ class SqliteRepository:
         db.execute(sql, (self._clock() - self._retention, PURGE_STEP))
         oldest = db.execute("SELECT min(final_at) FROM message WHERE final_at IS NOT NULL").fetchone()[0]
         self._purge_at = None if oldest is None else oldest + self._retention
-
-
-def _refusal(db: sqlite3.Connection, message_id: str, status: MessageStatus) -> SmsProxyError:
-    row = db.execute("SELECT status FROM message WHERE id = ?", (message_id,)).fetchone()
-    if row is None:
-        return UnknownMessageError(message_id)
-    return StatusTransitionError(message_id, MessageStatus(row[0]), status)

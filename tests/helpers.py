@@ -100,6 +100,7 @@ class Scripted(Recorder):
 def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Iterator[SmsServer]:
     """A server for the proxy on a free port of the loopback, in a thread of its own, until the block ends."""
     server = SmsServer(("127.0.0.1", 0), proxy, limits=limits, **options)
+    server.listen()
     thread = threading.Thread(target=server.serve_forever, name="server under test", daemon=True)
     thread.start()
     try:
