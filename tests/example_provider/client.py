@@ -1,19 +1,18 @@
 """A complete `FastSmsingClient` over HTTP, on the standard library alone: copy it and fit it to your provider.
 
-The provider it talks to takes `Authorization: Bearer <token>` and offers
+The provider it talks to wants `Authorization: Bearer <token>` and offers
 
     POST /messages  {"Messages": [{"ID": "...", "To": "48123456789", "Text": "Hi"}, ...]}
-        202 when it took all of them: one paid request
+        202 when it took all of them; one paid request
     GET /reports?after=<cursor>
-        200 {"Reports": [{"ID": "...", "Status": "sent"}, ...], "Next": "<cursor>"}; oldest first, kept until
-        a later cursor acknowledges them, so an empty cursor fetches what an earlier process has missed
+        200 {"Reports": [{"ID": "...", "Status": "sent"}, ...], "Next": "<cursor>"}, oldest first; reports are
+        kept until a later cursor acknowledges them, so an empty one also brings what an earlier process missed
 
-Polling needs no port that the provider can reach. No error text holds a number, a text or the token.
+Delivery reports are polled for, which needs no port that the provider can reach.
 """
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.client
 import json
 import logging
@@ -34,8 +33,182 @@ __all__ = ["HttpClient", "make_client"]
 
 log = logging.getLogger("smsproxy.provider")
 
-TRY_AGAIN = {408, 425, 429}  # the 4xx that speak of the moment, not of the batch (RFC 9110, 15.5.9; RFC 8470; RFC 6585)
-LARGEST_ANSWER = 1024 * 1024  # bytes; reports come in pages, so a larger answer is none of ours
-LONGEST_WAIT = 3_600.0  # seconds; whatever a Retry-After says
-STATUSES = {"sent": MessageStatus.CONFIRMED, "delivered": MessageStatus.DELIVERED, "undeliverable": MessageStatus.FAILED}
-Updates = queue.Queue[Mapping[str, object] | None] if False else queue.Queue  # subscriptable at run time only for mypy
+CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+TRY_AGAIN = {408, 425, 429}  # 4xx that speak of the moment, not of the batch: RFC 9110, 15.5.9; RFC 8470; RFC 6585
+STATUSES = {
+    "sent": MessageStatus.CONFIRMED,
+    "delivered": MessageStatus.DELIVERED,
+    "undeliverable": MessageStatus.FAILED,
+}
+LARGEST_ANSWER = 1024 * 1024  # bytes; reports come in pages, so more is not an answer of this provider
+LONGEST_WAIT = 3_600.0  # seconds, whatever a Retry-After asks for
+
+
+class HttpClient:
+    """Sends batches over kept-alive connections, one per thread that sends at the time. Thread-safe.
+
+    `connect_timeout` covers the connection, `read_timeout` each wait for the provider, `poll_interval` the
+    pause between two looks for delivery reports; all in seconds. Messages carry their IDs, which a provider
+    that knows idempotency keys can use to recognise a batch that is sent again after an unknown outcome.
+    """
+
+    def __init__(
+        self, url: str, token: str = "", *,
+        connect_timeout: float = 5.0, read_timeout: float = 30.0, poll_interval: float = 1.0,
+    ) -> None:  # fmt: skip
+        parts = urlsplit(url)
+        if parts.scheme not in CONNECTIONS or not parts.hostname:
+            raise ValueError("the provider's URL must look like https://host/path")
+        kind, address = CONNECTIONS[parts.scheme], (parts.hostname, parts.port)
+        self._new_connection = lambda: kind(*address, timeout=connect_timeout)
+        self._path = parts.path.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._read_timeout, self._poll_interval = read_timeout, poll_interval
+        self._lock = threading.Lock()  # guards the next three; never held during I/O
+        self._busy: set[http.client.HTTPConnection] = set()
+        self._idle: list[http.client.HTTPConnection] = []
+        self._subscribers: list[queue.Queue[Mapping[str, object] | None]] = []
+        self._stopped = threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="smsproxy-reports-1", daemon=True)
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """Hands over one batch; blocks for the two timeouts at most, unless the answer trickles in."""
+        batch = [{"ID": each.message_id, "To": each.phone_number, "Text": each.message} for each in messages]
+        self._exchange("POST", "/messages", {"Messages": batch})  # the status tells; the body holds nothing for us
+
+    def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
+        """Starts to poll with the first subscriber; after `stop` one only gets the closing `None`."""
+        with self._lock:
+            self._subscribers.append(updates)
+            stopped = self._stopped.is_set()
+            if not stopped and self._poller.ident is None:
+                self._poller.start()
+        if stopped:
+            updates.put(None)
+
+    def stop(self) -> None:
+        """Ends the polling and every request under way, then closes every subscription, once."""
+        with self._lock:
+            if self._stopped.is_set():
+                return
+            self._stopped.set()
+            idle, self._idle = self._idle, []
+            busy, subscribers = tuple(self._busy), tuple(self._subscribers)
+        for connection in idle:
+            connection.close()
+        for connection in busy:
+            with contextlib.suppress(OSError, AttributeError):  # not connected, or not any more
+                connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it, which then closes it
+        if self._poller.ident is not None:
+            self._poller.join()  # before the None, so that it really is the last
+        for updates in subscribers:
+            updates.put(None)
+
+    # Requests
+
+    def _exchange(self, method: str, path: str, document: Any = None) -> bytes:
+        """One request, never repeated here; returns the answer's body, or raises what the answer means."""
+        body = None if document is None else json.dumps(document).encode()
+        try:
+            connection, keep, payload = self._connect(), False, b""
+            try:
+                connection.request(method, self._path + path, body, self._headers)
+                with connection.getresponse() as response:
+                    with contextlib.suppress(OSError, http.client.HTTPException):  # the head has told how it went
+                        payload = response.read(LARGEST_ANSWER)
+                        keep = response.isclosed() and not response.will_close
+            finally:
+                self._release(connection, keep)
+        except (OSError, http.client.HTTPException) as error:
+            raise FastSmsingError(f"no answer: {type(error).__name__}") from error
+        if 200 <= response.status < 300:
+            return payload
+        if 400 <= response.status < 500 and response.status not in TRY_AGAIN:
+            raise RejectedError(f"answered {response.status}")
+        raise FastSmsingError(f"answered {response.status}", retry_after=_seconds(response.getheader("Retry-After")))
+
+    def _connect(self) -> http.client.HTTPConnection:
+        """A kept connection that the peer has not closed meanwhile, or a new one.
+
+        Only before the first byte of a request is it certain that the provider has processed nothing, so only
+        here a stale connection is replaced in silence. When one breaks later, even at once, the batch may have
+        been read and paid for: that is an attempt like any other, and the proxy decides about the next.
+        """
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else self._new_connection()
+                self._busy.add(connection)
+            try:
+                if connection.sock is None:
+                    connection.connect()
+                    connection.sock.settimeout(self._read_timeout)
+                elif _readable(connection.sock):  # closed, or an answer that nobody asked for
+                    self._release(connection)
+                    continue
+                if self._stopped.is_set():  # only now: from here on `stop` finds a socket to shut down
+                    raise FastSmsingError("the client is stopped")
+                return connection
+            except BaseException:
+                self._release(connection)
+                raise
+
+    def _release(self, connection: http.client.HTTPConnection, keep: bool = False) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+            if keep and not self._stopped.is_set():
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    # Delivery reports
+
+    def _poll(self) -> None:
+        cursor, wait = "", 0.0
+        while not self._stopped.wait(wait):
+            try:
+                page = json.loads(self._exchange("GET", "/reports?" + urlencode({"after": cursor})))
+                self._publish(page["Reports"])
+                cursor, wait = page["Next"], 0.0 if page["Reports"] else self._poll_interval
+            except Exception as error:
+                known = isinstance(error, FastSmsingError)
+                wait = max(self._poll_interval, error.retry_after) if known else self._poll_interval
+                if not self._stopped.is_set():
+                    log.warning("no delivery reports: %s", error if known else type(error).__name__)
+
+    def _publish(self, reports: Sequence[Mapping[str, str]]) -> None:
+        """Every report to every subscriber, in order: a mapping has room for one status of a message."""
+        mappings: list[dict[str, object]] = [{}]
+        for report in reports:
+            if report["ID"] in mappings[-1]:
+                mappings.append({})
+            mappings[-1][report["ID"]] = STATUSES.get(report["Status"], report["Status"])
+        with self._lock:
+            subscribers = tuple(self._subscribers)
+        for mapping in mappings:
+            for updates in subscribers:
+                updates.put(mapping)
+
+
+def _readable(sock: socket.socket) -> bool:
+    with selectors.DefaultSelector() as selector:  # select.select() would fail from file descriptor 1024 on
+        selector.register(sock, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+def _seconds(retry_after: str | None) -> float:
+    """The wait that a Retry-After asks for, as seconds or as a date (RFC 9110, 10.2.3); 0 if it makes no sense."""
+    text = retry_after or "0"
+    try:
+        wait = float(text) if text.isdigit() else parsedate_to_datetime(text).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    return min(LONGEST_WAIT, max(0.0, wait))
+
+
+def make_client() -> HttpClient:
+    """The client as the environment describes it: FASTSMSING_URL, FASTSMSING_TOKEN and, in seconds, the times."""
+    if not os.environ.get("FASTSMSING_URL"):
+        raise ValueError("FASTSMSING_URL is not set")
+    times = ("connect_timeout", "read_timeout", "poll_interval")
+    given = {name: float(value) for name in times if (value := os.environ.get(f"FASTSMSING_{name.upper()}"))}
+    return HttpClient(os.environ["FASTSMSING_URL"], os.environ.get("FASTSMSING_TOKEN", ""), **given)
