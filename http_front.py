@@ -145,7 +145,7 @@ class FrontHandler(BaseHTTPRequestHandler):
         """Answers later: `then(result)` runs in the loop once the Future is done; its error is translated."""
         self._busy = True
         self.deadline = NEVER  # whoever works on the answer has limits of its own
-        future.add_done_callback(lambda done: self.server.call_soon(lambda: self._resume(done, then)))
+        future.add_done_callback(lambda done: self.server.call_soon(self._resume, done, then))
 
     # For the server's loop to call
 
@@ -168,9 +168,7 @@ class FrontHandler(BaseHTTPRequestHandler):
     def wind_down(self) -> None:
         """At shutdown: serves what is there, closes if idle, gives half a request a last call."""
         self.ready(READ)
-        if self.idle:
-            self.drop("shutting down")
-        elif not self._busy:
+        if not self._busy:
             self._set_deadline(min(LAST_CALL, self.deadline - self.server.now))
 
     def drop(self, reason: str) -> None:
@@ -193,6 +191,8 @@ class FrontHandler(BaseHTTPRequestHandler):
 
     def _listen(self) -> None:
         """Tells the selector what this connection waits for."""
+        if self.server.closing and self.idle:
+            self.drop("shutting down")
         if self._closed:
             return
         interest = WRITE if self._unsent is not None else 0
@@ -268,23 +268,40 @@ class FrontHandler(BaseHTTPRequestHandler):
                     if self._ended:
                         self.drop("closed by the peer")
                     return
-                if self.command not in METHODS:
-                    raise HttpError(HTTPStatus.NOT_IMPLEMENTED, f"unknown method {self.command}")
-                self.check()
-                getattr(self, "do_" + self.command)()
-            except Exception as error:  # the boundary: a request that fails costs nobody else anything
-                self._fail(error)
+            except HttpError as error:
+                self._refuse(error)
+            else:
+                self._run(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._check()
+        getattr(self, "do_" + self.command)()
+
+    def _check(self) -> None:
+        if self.command not in METHODS:
+            raise HttpError(HTTPStatus.NOT_IMPLEMENTED, f"unknown method {self.command}")
+        self.check()
 
     def _resume(self, done: Future[Any], then: Callable[[Any], None]) -> None:
         if self._closed:
             return
         self._busy = False
-        try:
-            then(done.result())
-        except Exception as error:  # the same boundary, for what was deferred
-            self._fail(error)
+        self._run(lambda: then(done.result()))
         self._advance()
         self._listen()
+
+    def _run(self, call: Callable[[], None]) -> None:
+        """The boundary: a request that fails costs nobody else anything."""
+        try:
+            call()
+            if self._length is not None and not self._busy:
+                raise RuntimeError("the handler gave no answer")
+        except Exception as error:
+            if self._length is None:  # it has answered: a second answer would pass for the next request's
+                log.error("%s %s failed after its answer", self.command, self.path, exc_info=error)
+                self.drop("internal error")
+            else:
+                self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         refusal = self.translate(error)
@@ -319,7 +336,7 @@ class FrontHandler(BaseHTTPRequestHandler):
                 self._set_deadline(self.server.limits.read_timeout)
                 if "expect" in self.headers and self.request_version == "HTTP/1.1":
                     self._expect()
-        if len(buffer) < self._length:
+        if self._length is None or len(buffer) < self._length:  # None: refused already
             return False
         self.body = b""
         if self._length:
@@ -343,11 +360,12 @@ class FrontHandler(BaseHTTPRequestHandler):
     def _expect(self) -> None:
         """RFC 9110, 10.1.1: the final status in place of `100 Continue` when the head already tells it."""
         try:
-            self.check()
-        except HttpError as error:
-            error.close = True  # the body may come or not
-            raise
-        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._check()
+        except Exception as error:
+            self.close_connection = self._lingering = True  # the body may come or not
+            self._fail(error)
+        else:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _parse(self, head: str) -> int:
         """Takes the request line and the fields in; returns the length of the body."""
@@ -445,7 +463,7 @@ class FrontServer(HTTPServer):
         self._listening = self._accepting = False
         self._accept_again = self._stop_at = NEVER
         self._shutdown_timeout = 0.0
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Any, ...]] = deque()
         self._woken = False  # a byte is on its way through the waker
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="smsproxy-http")
         if ":" in address[0]:
@@ -493,13 +511,13 @@ class FrontServer(HTTPServer):
 
     def shutdown(self, timeout: float = 10.0) -> None:
         """Begins the end and returns at once: accepts no more, closes idle connections, lets running
-        requests finish for at most `timeout` seconds."""
+        requests finish for at most `timeout` seconds; a second call can only shorten that."""
         self._shutdown_timeout = timeout
         self.call_soon(self._begin_closing)
 
-    def call_soon(self, call: Callable[[], None]) -> None:
-        """Runs `call` in the loop's thread."""
-        self._calls.append(call)
+    def call_soon(self, call: Callable[..., None], *args: Any) -> None:
+        """Runs `call(*args)` in the loop's thread."""
+        self._calls.append((call, *args))
         if not self._woken:  # append first, look second: _wake clears first, drains second
             self._woken = True
             with contextlib.suppress(OSError):  # the loop is over, and nobody waits for the answer
@@ -559,7 +577,7 @@ class FrontServer(HTTPServer):
             self._wakee.recv(64)
         self._woken = False
         for _ in range(len(self._calls)):  # whatever comes later sends a byte of its own
-            self._guard(self._calls.popleft())
+            self._guard(*self._calls.popleft())
 
     def _accept_on(self) -> None:
         self._accepting, self._accept_again = True, NEVER
@@ -604,6 +622,8 @@ class FrontServer(HTTPServer):
         )
 
     def _begin_closing(self) -> None:
+        self._stop_at = min(self._stop_at, self.now + self._shutdown_timeout)
+        self.soonest = min(self.soonest, self._stop_at)
         if self.closing:
             return
         if self._accepting:
@@ -613,7 +633,5 @@ class FrontServer(HTTPServer):
             self._selector.unregister(self.socket)
         self._accepting, self._accept_again = False, NEVER
         self.socket.close()
-        self._stop_at = self.now + self._shutdown_timeout
-        self.soonest = min(self.soonest, self._stop_at)
         for handler in list(self._connections):
             self._guard(handler.wind_down)

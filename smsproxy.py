@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import queue
@@ -23,7 +24,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 import fastsmsing
-from fastsmsing import FastSmsingClient, FastSmsingError, Message, RejectedError
+from fastsmsing import FastSmsingClient, Message, RejectedError
 
 __all__ = [
     "ClientResult", "ClientStatistics", "ClosedError", "DuplicateMessageError", "DurableRepository",
@@ -377,9 +378,15 @@ class ClientStatistics:
 
 def _reason(error: BaseException, messages: Iterable[Message]) -> str:
     """An error in words, without the numbers and texts that a provider may have put into it."""
-    text = f"{type(error).__name__}: {error}"
-    for message in messages:
-        text = text.replace(message.message, "***").replace(message.phone_number, "***")
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # it is not ours
+        return type(error).__name__
+    secrets = {secret for message in messages for secret in (message.phone_number, message.message)}
+    spelled = {spelling[cut] for secret in secrets for spelling, cut in (
+        (secret, slice(None)), (repr(secret), slice(1, -1)), (json.dumps(secret), slice(1, -1)))}  # fmt: skip
+    for secret in sorted(spelled, key=len, reverse=True):  # the longest first: one may be part of another
+        text = text.replace(secret, "***")
     return text[:500]
 
 
@@ -554,9 +561,9 @@ class SimpleBatchingClient:
         while (batch := self._next_batch()) is not None:
             try:
                 left = self._deliver(batch)
-            except Exception:
-                left = 0
-                log.exception("a batch ended with an error: %s", _ids(message for _, message in batch))
+            except Exception as error:
+                left, messages = 0, [message for _, message in batch]
+                log.error("a batch ended with an error (%s): %s", _reason(error, messages), _ids(messages))
             with self._condition:
                 del self._in_flight[threading.get_ident()]
                 self._left += left
@@ -656,8 +663,10 @@ class SimpleBatchingClient:
     def _back_off(self, attempt: int, error: BaseException) -> None:
         """Full jitter, but never less than the provider asked for; a stop cuts it short."""
         ceiling = min(self._config.backoff_max, self._config.backoff_base * 2.0 ** min(attempt - 1, 64))
-        asked = error.retry_after if isinstance(error, FastSmsingError) else 0.0
-        self._hurry.wait(min(LONGEST_WAIT, max(asked, self._rng() * ceiling)))
+        wait, asked = self._rng() * ceiling, getattr(error, "retry_after", None)
+        if isinstance(asked, (int, float)) and asked > wait:  # False for a NaN
+            wait = asked
+        self._hurry.wait(min(LONGEST_WAIT, wait))
 
     def _handed_over(self, messages: tuple[Message, ...], attempt: int) -> None:
         if self._durable:  # first of all: until it is recorded, a crash would send the batch again

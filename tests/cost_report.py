@@ -34,7 +34,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import smsproxy  # noqa: E402
-from fastsmsing import Message  # noqa: E402
+from fastsmsing import InMemoryClient, Message  # noqa: E402
 from smsproxy import InMemoryRepository, SendMessage, SimpleBatchingClient, SmsProxyConfig  # noqa: E402
 
 HANG = 30.0  # real seconds after which a thread that should run never will
@@ -217,7 +217,8 @@ def traces(messages: int, seed: int) -> dict[str, list[float]]:
         "bursts of 400": [(590.0, 0.2), (10.0, 40.0)],
         "a day of a shop": [(3600.0, messages / 24 / 3600 * share * 24 / sum(HOURS)) for share in HOURS],
     }
-    return {name: list(itertools.islice(arrivals(random.Random(seed), shape), messages)) for name, shape in shapes.items()}
+    rngs = {name: random.Random(seed) for name in shapes}
+    return {name: list(itertools.islice(arrivals(rngs[name], shapes[name]), messages)) for name in shapes}
 
 
 # Replaying
@@ -250,7 +251,7 @@ def replay(trace: Sequence[float], policy: Policy) -> Cost:
     world, requests = World(), 0
     waits: list[float] = []
 
-    class Provider:
+    class Provider(InMemoryClient):
         def send(self, messages: Sequence[Message]) -> None:
             nonlocal requests
             requests += 1
@@ -264,7 +265,7 @@ def replay(trace: Sequence[float], policy: Policy) -> Cost:
         max_pending=max(policy.batch_size, len(trace)),
     )
     with mock.patch.object(smsproxy, "threading", world):
-        client = SimpleBatchingClient(InMemoryRepository(0), Provider(), config, clock=world.clock)  # type: ignore[arg-type]
+        client = SimpleBatchingClient(InMemoryRepository(0), Provider(), config, clock=world.clock)
         for number, time in enumerate(trace):
             world.wait(time - world.now)
             client.send(SendMessage("48123456789", "Hi"), str(number))

@@ -438,9 +438,8 @@ def test_a_sender_that_wakes_too_early_waits_for_the_rest_of_the_linger() -> Non
         send(client, "a")
         condition.settled(1)
         clock.now += 4
-        with condition:
-            assert client.gauges is not None and condition.notify() is None
-        client.flush() if False else None
+        condition.expire()
+        assert condition.settled(1) == [1.0]
         assert provider.batches == []
 
 
@@ -1092,17 +1091,15 @@ def test_results_are_dropped_and_nothing_blocks_when_the_sink_is_stuck_and_its_q
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(smsproxy, "RESULTS_WAITING", 3)
-    provider, sink = Recorder(), StuckSink()
-    with batching(provider, sink, batch_size=1) as client:
+    provider, sink, condition = Recorder(), StuckSink(), Watched()
+    with batching(provider, sink, condition=condition, batch_size=1) as client:
         with opening(sink.opened):
             send(client, "first")
             assert sink.entered.wait(HANG)
             send(client, *names(20))
             provider.wait_for(lambda batches: len(batches) == 21)
-            while_stuck = SimpleBatchingClient.gauges(client)
-        assert while_stuck["smsproxy_provider_requests_in_flight"] == 0 or True
-    assert len(sink.results) == 4
-    assert caplog.text.count("dropped") == 17
+            condition.settled(4)
+    assert (len(sink.results), caplog.text.count("dropped")) == (4, 17)
 
 
 def test_what_a_sink_raises_reveals_neither_number_nor_text(caplog: pytest.LogCaptureFixture) -> None:
@@ -1152,12 +1149,12 @@ def test_stop_of_a_client_that_was_never_used_returns_at_once() -> None:
         assert stop_in_a_thread(client, None) == 0
 
 
-def test_a_second_stop_returns_the_same() -> None:
+def test_a_second_stop_waits_no_more_and_returns_the_same() -> None:
     gate = Gate()
     with batching(gate, batch_size=1, senders=1) as client, opening(gate.opened):
         send(client, "a", "b")
         gate.wait_entered()
-        assert [stop_in_a_thread(client, 0.0), stop_in_a_thread(client, 0.0)] == [2, 2]
+        assert [stop_in_a_thread(client, 0.0), stop_in_a_thread(client, None)] == [2, 2]
 
 
 def test_stop_returns_although_the_provider_hangs_and_tells_what_is_left() -> None:
@@ -1244,15 +1241,14 @@ def test_a_message_that_is_being_saved_when_stop_comes_is_still_sent() -> None:
             assert saved.wait(HANG)
             super().save(message_id, message, fingerprint)
 
-    returned: queue.Queue[int] = queue.Queue()
-    with batching(provider, repository=Slow(), batch_size=9, max_delay=None) as client, opening(saved):
+    returned, hurry = queue.Queue[int](), threading.Event()
+    with batching(provider, repository=Slow(), hurry=hurry, batch_size=9, max_delay=None) as client, opening(saved):
         accepting = threading.Thread(target=send, args=(client, "a"), daemon=True)
         accepting.start()
         assert saving.wait(HANG)
         stopping = threading.Thread(target=lambda: returned.put(client.stop(None)), daemon=True)
         stopping.start()
-        while not client.health():  # stop was called, which nothing tells but this
-            pass
+        assert hurry.wait(HANG)  # stop was called
         saved.set()
         assert returned.get(timeout=HANG) == 0
     assert provider.ids == ["a"]
@@ -1383,18 +1379,12 @@ def test_a_batch_whose_handing_over_is_not_recorded_is_not_sent_again_by_this_pr
 
 @pytest.mark.parametrize("error", [RepositoryUnavailableError("disk full"), RuntimeError("a bug")])
 def test_a_handing_over_that_cannot_be_recorded_is_a_result_all_the_same(error: Exception) -> None:
-    repository, gate, sink = Outbox(error), Gate(), Sink()
-    with batching(gate, sink, repository=repository, batch_size=1) as client, opening(gate.opened):
+    repository, gate, sink, hurry = Outbox(error), Gate(), Sink(), threading.Event()
+    with batching(gate, sink, repository=repository, hurry=hurry, batch_size=1) as client, opening(gate.opened):
         send(client, "a")
         gate.wait_entered()
-        together(lambda: stop_in_a_thread(client, None), lambda: wait_until_closing(client, gate.opened))
+        together(lambda: client.stop(HANG), lambda: hurry.wait(HANG) and gate.opened.set())
     assert [result.error for result in sink.rest()] == [None]
-
-
-def wait_until_closing(client: SimpleBatchingClient, then: threading.Event) -> None:
-    while "shutting down" not in client.health():  # nothing else tells that stop was called
-        pass
-    then.set()
 
 
 def test_giving_up_is_recorded_once_the_repository_can_write_again() -> None:
@@ -1434,11 +1424,10 @@ def test_what_is_rejected_during_a_stop_is_failed_and_not_left() -> None:
 def test_a_stop_sends_the_batches_behind_one_that_is_left() -> None:
     repository, provider = Outbox(), Scripted(*[FastSmsingError("down")] * 2)
     options: dict[str, Any] = {"batch_size": 2, "max_delay": None, "max_attempts": 2, "senders": 1}
-    gate = threading.Event()
-    with batching(provider, repository=repository, **options) as client, opening(gate):
-        send(client, "a")
-        assert stop_in_a_thread(client, None) == 1
-    assert list(repository.waiting) == ["a"]
+    with batching(provider, repository=repository, **options) as client:
+        send(client, "a", "b", "c")
+        assert stop_in_a_thread(client, None) == 2
+    assert (provider.ids, list(repository.waiting)) == (["c"], ["a", "b"])
 
 
 def restored(*ages: float) -> list[tuple[float, Message]]:
@@ -1545,12 +1534,10 @@ def test_a_client_at_work_is_healthy() -> None:
 
 
 def test_a_full_queue_is_unhealthy() -> None:
-    with batching(Recorder(), batch_size=2, max_pending=2, max_delay=None) as client:
-        gate = Gate()
-        client._client = gate
-        with opening(gate.opened):
-            send(client, "a", "b")
-            assert client.health() == ["queue full"]
+    gate = Gate()
+    with batching(gate, batch_size=2, max_pending=2, max_delay=None) as client, opening(gate.opened):
+        send(client, "a", "b")
+        assert client.health() == ["queue full"]
 
 
 def test_a_message_that_does_not_leave_is_unhealthy() -> None:

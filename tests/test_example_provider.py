@@ -98,7 +98,7 @@ class TestSending:
         self, clients: Any, how: str, processed: bool
     ) -> None:
         with StandIn([OK, Fault(processed=processed, how=how)]) as provider:
-            client = clients(provider.url, read_timeout=0.1 if how == STALL else HANG)
+            client = clients(provider.url, read_timeout=0.5 if how == STALL else HANG)
             client.send(batch("a"))
             with pytest.raises(FastSmsingError, match="no answer") as caught:
                 client.send(batch("b"))  # on the same connection, so that it could be taken for stale
@@ -153,8 +153,11 @@ class TestSending:
                 clients(provider.url).send(batch("a"))
         assert 0 < caught.value.retry_after <= 600
 
-    def test_the_head_decides_even_if_the_body_of_the_answer_breaks_off(self, clients: Any) -> None:
-        with StandIn([Fault(processed=True, status=202, how=CUT)]) as provider:
+    @pytest.mark.parametrize(("how", "headers"), [(CUT, {}), (HANG_UP, {"Transfer-Encoding": "chunked"})])
+    def test_the_head_decides_even_if_the_body_of_the_answer_breaks_off(
+        self, clients: Any, how: str, headers: Mapping[str, str]
+    ) -> None:
+        with StandIn([Fault(processed=True, status=202, how=how, headers=headers)]) as provider:
             client = clients(provider.url)
             client.send(batch("a"))
             client.send(batch("b"))
@@ -302,7 +305,7 @@ class FinalsCounted(InMemoryRepository):
 
 def ask(address: Sequence[Any], requests: Sequence[tuple[str, str, str | None]]) -> list[Mapping[str, str]]:
     """The JSON answers to requests (method, path, body) made one after the other on one connection."""
-    connection = http.client.HTTPConnection(*address, timeout=HANG)
+    connection = http.client.HTTPConnection(address[0], address[1], timeout=HANG)
     answers = []
     try:
         for method, path, body in requests:
@@ -370,10 +373,16 @@ class TestCarelessProviders:
 
     @pytest.mark.parametrize(
         "error",
-        [Careless(7), Unprintable(), FastSmsingError("busy", retry_after=None), FastSmsingError("busy", retry_after="0"),
-         KeyboardInterrupt(), SystemExit()],  # type: ignore[arg-type]
+        [
+            Careless(7),
+            Unprintable(),
+            FastSmsingError("busy", retry_after=None),  # type: ignore[arg-type]
+            FastSmsingError("busy", retry_after="0"),  # type: ignore[arg-type]
+            KeyboardInterrupt(),
+            SystemExit(),
+        ],
         ids=["no base class", "unprintable", "no number", "a string", "interrupt", "exit"],
-    )  # fmt: skip
+    )
     def test_a_batch_survives_whatever_its_first_request_raises(self, error: BaseException) -> None:
         provider = Scripted(error)
         with SmsProxy(provider, SmsProxyConfig(batch_size=1, backoff_base=0.0)) as proxy:

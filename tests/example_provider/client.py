@@ -22,7 +22,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -60,7 +60,7 @@ class HttpClient:
         if parts.scheme not in CONNECTIONS or not parts.hostname:
             raise ValueError("the provider's URL must look like https://host/path")
         kind, address = CONNECTIONS[parts.scheme], (parts.hostname, parts.port)
-        self._new_connection = lambda: kind(*address, timeout=connect_timeout)
+        self._new_connection: Callable[[], http.client.HTTPConnection] = lambda: kind(*address, timeout=connect_timeout)
         self._path = parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._read_timeout, self._poll_interval = read_timeout, poll_interval
@@ -139,10 +139,11 @@ class HttpClient:
                 connection = self._idle.pop() if self._idle else self._new_connection()
                 self._busy.add(connection)
             try:
-                if connection.sock is None:
+                sock: socket.socket | None = connection.sock
+                if sock is None:
                     connection.connect()
                     connection.sock.settimeout(self._read_timeout)
-                elif _readable(connection.sock):  # closed, or an answer that nobody asked for
+                elif _readable(sock):  # closed, or an answer that nobody asked for
                     self._release(connection)
                     continue
                 if self._stopped.is_set():  # only now: from here on `stop` finds a socket to shut down
@@ -170,10 +171,9 @@ class HttpClient:
                 self._publish(page["Reports"])
                 cursor, wait = page["Next"], 0.0 if page["Reports"] else self._poll_interval
             except Exception as error:
-                known = isinstance(error, FastSmsingError)
-                wait = max(self._poll_interval, error.retry_after) if known else self._poll_interval
+                wait = max(self._poll_interval, getattr(error, "retry_after", 0.0))
                 if not self._stopped.is_set():
-                    log.warning("no delivery reports: %s", error if known else type(error).__name__)
+                    log.warning("no delivery reports: %s", error if isinstance(error, FastSmsingError) else type(error))
 
     def _publish(self, reports: Sequence[Mapping[str, str]]) -> None:
         """Every report to every subscriber, in order: a mapping has room for one status of a message."""

@@ -18,7 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -151,10 +151,12 @@ class StandIn(ThreadingHTTPServer):
             if time.monotonic() < self._not_before.pop(tuple(ids), 0.0):
                 self.too_early.append(ids)
             fault = next(self._faults)
-            if fault.status < 400 and any(message["To"].startswith("0") for message in batch):
-                fault = Fault(status=400)
-                self.rejected.append(ids)
-            elif fault.how in (RESET, STALL) or fault.status >= 400:
+            if any(message["To"].startswith("0") for message in batch):
+                fault = replace(fault, processed=False)
+                if fault.status < 400:
+                    fault = Fault(status=400)
+                    self.rejected.append(ids)
+            if fault.how in (RESET, STALL) or fault.status > 400:
                 self.failures += 1
             if (wait := fault.headers.get("Retry-After", "")).isdecimal():  # and a little less: clocks are coarse
                 self._not_before[tuple(ids)] = time.monotonic() + 0.9 * float(wait)

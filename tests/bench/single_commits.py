@@ -1,0 +1,13 @@
+"""The command with every change committed by itself, to measure what the group commit is worth."""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import main  # noqa: E402
+import sqlite_repository  # noqa: E402
+
+sqlite_repository.GROUP = 1
+sys.exit(main.main())
