@@ -48,6 +48,7 @@ FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t -~\x80-\xff]*\r\n)*")
 HOST = re.compile(r"[A-Za-z0-9\-._~%!$&'()*+;=\[\]:]*")  # RFC 3986, 3.2.2, less the comma, which joins repeats
 ABSOLUTE_FORM = re.compile(r"(?i:https?)://[^/?#]+")  # RFC 9112, 3.2.2
 DIGITS = re.compile(r"[0-9]+")  # RFC 9110, 8.6: int() would take "+5", "5_0" and other scripts' digits
+NUMBER = re.compile(r"/[0-9+%]{4,}(?![^/])")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
@@ -136,7 +137,7 @@ class FrontHandler(BaseHTTPRequestHandler):
         data = head.encode("latin-1") + b"\r\n"
         self.server.answers[status] += 1
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s %s %s %d", self.client_address[0], self.command, self.path, status)
+            log.debug("%s %s %s %d", self.client_address[0], self.command, self._shown, status)
         self._length, self._reading = None, False
         self._set_deadline(self.server.limits.idle_timeout)
         self._write(data if self.command == "HEAD" else data + body)
@@ -178,6 +179,11 @@ class FrontHandler(BaseHTTPRequestHandler):
             log.debug("%s connection closed: %s", self.client_address[0], reason)
             self.server.forget(self, self._interest)
             self.connection.close()
+
+    @property
+    def _shown(self) -> str:
+        """The path for the logs, without what may be a phone number."""
+        return NUMBER.sub("/***", self.path)
 
     @property
     def idle(self) -> bool:
@@ -298,7 +304,7 @@ class FrontHandler(BaseHTTPRequestHandler):
                 raise RuntimeError("the handler gave no answer")
         except Exception as error:
             if self._length is None:  # it has answered: a second answer would pass for the next request's
-                log.error("%s %s failed after its answer", self.command, self.path, exc_info=error)
+                log.error("%s %s failed after its answer", self.command, self._shown, exc_info=error)
                 self.drop("internal error")
             else:
                 self._fail(error)
@@ -306,7 +312,7 @@ class FrontHandler(BaseHTTPRequestHandler):
     def _fail(self, error: Exception) -> None:
         refusal = self.translate(error)
         if refusal is None:
-            log.error("%s %s failed", self.command, self.path, exc_info=error)
+            log.error("%s %s failed", self.command, self._shown, exc_info=error)
             refusal = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
         self._refuse(refusal)
 
@@ -590,6 +596,8 @@ class FrontServer(HTTPServer):
         self.soonest = min(self.soonest, self._accept_again)
 
     def _accept(self, mask: int) -> None:
+        if not self._accepting:  # the shutdown came in the same turn
+            return
         for _ in range(ACCEPTS_A_TURN):
             if len(self._connections) >= self.limits.connections:
                 self._accept_off(NEVER)

@@ -197,11 +197,11 @@ def _exposition(proxy: SmsProxy, answers: Mapping[int, int]) -> str:
     for name, kind, label, text in METRICS:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
         if kind == "histogram":
-            total = 0.0
+            total: float = 0
             for bound in Metrics.BOUNDS[name]:
                 total += values.get((name, bound), 0)
-                lines.append(f'{name}_bucket{{le="{bound if bound < math.inf else "+Inf"}"}} {total:g}')
-            lines += [f"{name}_sum {values.get((f'{name}_sum', ''), 0)}", f"{name}_count {total:g}"]
+                lines.append(f'{name}_bucket{{le="{bound if bound < math.inf else "+Inf"}"}} {total}')
+            lines += [f"{name}_sum {values.get((f'{name}_sum', ''), 0)}", f"{name}_count {total}"]
         elif label:
             found = sorted((str(key), value) for (of, key), value in values.items() if of == name)
             lines += [f'{name}{{{label}="{key}"}} {value}' for key, value in found]

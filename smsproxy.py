@@ -134,7 +134,8 @@ def map_to_internal_status(status: object) -> MessageStatus:
     """The proxy's status for one of FastSMSing's; raises `UnknownStatusError`."""
     if isinstance(status, str) and status in _INTERNAL:
         return _INTERNAL[status]  # type: ignore[index]  # a str enum's members equal their values
-    raise UnknownStatusError(f"unknown status {str(status)[:50]!r}")
+    word = isinstance(status, str) and len(status) <= 30 and status.isupper() and status.isidentifier()
+    raise UnknownStatusError(f"unknown status {status if word else type(status).__name__}")
 
 
 # Values
@@ -1005,7 +1006,7 @@ class SmsProxy:
 
     @staticmethod
     def _log_error(failed: StatusUpdateError) -> None:
-        log.warning("status update %r of message %r not applied: %s", failed.status, failed.message_id, failed.error)
+        log.warning("a status update of message %r was not applied: %s", failed.message_id, failed.error)
 
 
 def _validate(message: SendMessage) -> None:

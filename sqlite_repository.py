@@ -208,8 +208,9 @@ class SqliteRepository:
     def _version(self, db: sqlite3.Connection) -> int:
         """The schema's version; raises for a file that is not ours, before anything is written to it."""
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
-        ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-        if not ours and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if application != APPLICATION_ID and (application, version, tables) != (0, 0, 0):
             raise RepositoryUnavailableError(f"{self._path}: the database belongs to something else")
         if version > len(MIGRATIONS):
             raise RepositoryUnavailableError(f"{self._path}: schema version {version} is newer than this program")
