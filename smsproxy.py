@@ -15,6 +15,7 @@ import queue
 import random
 import threading
 import time
+import traceback
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -385,7 +386,7 @@ def _reason(error: BaseException, messages: Iterable[Message]) -> str:
         return type(error).__name__
     secrets = {secret for message in messages for secret in (message.phone_number, message.message)}
     spelled = {spelling[cut] for secret in secrets for spelling, cut in (
-        (secret, slice(None)), (repr(secret), slice(1, -1)), (json.dumps(secret), slice(1, -1)))}  # fmt: skip
+        (secret, slice(None)), *((spell(secret), slice(1, -1)) for spell in (repr, ascii, json.dumps)))}  # fmt: skip
     for secret in sorted(spelled, key=len, reverse=True):  # the longest first: one may be part of another
         text = text.replace(secret, "***")
     return text[:500]
@@ -424,8 +425,9 @@ class _Worker:
         while (item := self._inbox.get()) is not None:
             try:
                 self._handle(item)
-            except Exception:
-                log.exception("%s goes on after an error", self._thread.name)
+            except Exception as error:  # its text could hold a phone number
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                log.error("%s goes on after a %s at %s:%d", self._thread.name, type(error).__name__, where.filename, where.lineno)
 
 
 # Batching
@@ -498,7 +500,9 @@ class SimpleBatchingClient:
             self._release(1)
             raise
         # The first callback of the Future: whoever waits for it finds the message queued.
-        saved.add_done_callback(lambda done: self._release(1) if done.exception() else self._enqueue(outgoing))
+        saved.add_done_callback(
+            lambda done: self._release(1) if done.cancelled() or done.exception() else self._enqueue(outgoing)
+        )
         return saved
 
     def restore(self, outbox: Iterable[tuple[float, Message]]) -> int:
@@ -625,15 +629,19 @@ class SimpleBatchingClient:
                 self._back_off(attempt, error)
             if self._abandoned:
                 return len(sent)
-        if error is None:
-            self._handed_over(sent, attempt)
-        elif self._durable and self._hurry.is_set() and not isinstance(error, RejectedError):
-            log.warning("left %d messages in the outbox for the next start: %s", len(sent), _ids(sent))
-            return len(sent)
-        else:
-            self._give_up(sent, "rejected" if isinstance(error, RejectedError) else "attempts", _reason(error, sent))
-        self._report(ClientResult(sent, error, attempt, self._config.max_attempts))
-        return 0
+        try:
+            if error is None:
+                self._handed_over(sent, attempt)
+            elif isinstance(error, RejectedError):
+                self._give_up(sent, "rejected", _reason(error, sent))
+            elif self._durable and self._hurry.is_set():
+                log.warning("left %d messages in the outbox for the next start: %s", len(sent), _ids(sent))
+                return len(sent)
+            else:
+                self._give_up(sent, "attempts", _reason(error, sent))
+            return 0
+        finally:  # whatever the repository says
+            self._report(ClientResult(sent, error, attempt, self._config.max_attempts))
 
     def _drop_expired(self, batch: list[tuple[float, Message]]) -> list[tuple[float, Message]]:
         if self._config.max_age is None:
@@ -736,7 +744,7 @@ class SimpleBatchingClient:
             self._closing = True
             self._hurry.set()
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._pending == self._left, timeout)
+            self._condition.wait_for(lambda: self._abandoned or self._pending == self._left, timeout)
             self._abandoned = True
             self._condition.notify_all()
             left = self._pending

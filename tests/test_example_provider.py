@@ -4,6 +4,7 @@ from __future__ import annotations
 import email.utils
 import http.client
 import json
+import logging
 import os
 import queue
 import random
@@ -92,18 +93,24 @@ class TestSending:
             client.send(batch("b"))
             assert (provider.requests, provider.connections) == ([["a"], ["b"]], 2)
 
-    @pytest.mark.parametrize("how", [RESET, STALL])
     @pytest.mark.parametrize("processed", [False, True])
-    def test_a_request_without_an_answer_is_an_error_and_never_repeated(
-        self, clients: Any, how: str, processed: bool
+    def test_a_connection_that_breaks_is_an_error_and_the_request_never_repeated(
+        self, clients: Any, processed: bool
     ) -> None:
-        with StandIn([OK, Fault(processed=processed, how=how)]) as provider:
-            client = clients(provider.url, read_timeout=0.5 if how == STALL else HANG)
+        with StandIn([OK, Fault(processed=processed, how=RESET)]) as provider:
+            client = clients(provider.url)
             client.send(batch("a"))
             with pytest.raises(FastSmsingError, match="no answer") as caught:
                 client.send(batch("b"))  # on the same connection, so that it could be taken for stale
             assert not isinstance(caught.value, RejectedError)
             assert (provider.requests, provider.connections) == ([["a"], ["b"]], 1)
+
+    def test_an_answer_that_never_comes_is_an_error_and_the_request_never_repeated(self, clients: Any) -> None:
+        with StandIn([Fault(how=STALL)]) as provider:
+            with pytest.raises(FastSmsingError, match="no answer: TimeoutError"):
+                clients(provider.url, read_timeout=0.1).send(batch("a"))
+            assert provider.closed.acquire(timeout=HANG)
+            assert (provider.requests, provider.connections) == ([["a"]], 1)
 
     def test_a_refused_connection_is_an_error_to_be_retried(self, clients: Any) -> None:
         with pytest.raises(FastSmsingError, match="ConnectionRefusedError") as caught:
@@ -195,6 +202,23 @@ class TestReports:
             got = [{key: status.value for key, status in inbox.get(timeout=HANG).items()} for _ in range(3)]
         assert got == [{"a": "DELIVERED", "b": "CONFIRMED"}, {"a": "CONFIRMED", "b": "DELIVERED"}, {"a": "CONFIRMED"}]
 
+    def test_polls_without_reports_disturb_no_subscriber(self, clients: Any) -> None:
+        polls = threading.Semaphore(0)
+
+        def counted() -> Iterator[Fault]:
+            while True:
+                polls.release()
+                yield OK
+
+        with StandIn(poll_faults=counted()) as provider:
+            client = clients(provider.url)
+            inbox: Updates[Any] = queue.Queue()
+            client.subscribe(inbox)
+            for _ in range(3):
+                assert polls.acquire(timeout=HANG)
+            client.stop()
+            assert list(inbox.queue) == [None]
+
     def test_many_reports_come_in_pages_and_each_once(self, clients: Any) -> None:
         with StandIn() as provider:
             provider.report(*((f"m{number}", "sent") for number in range(1_234)))
@@ -209,8 +233,10 @@ class TestReports:
         with StandIn(poll_faults=broken) as provider:
             provider.report(("a", "delivered"))
             inbox: Updates[Any] = queue.Queue()
-            clients(provider.url).subscribe(inbox)
+            client = clients(provider.url)
+            client.subscribe(inbox)
             assert inbox.get(timeout=HANG) == {"a": fastsmsing.MessageStatus.DELIVERED}
+            client.stop()
         reasons = [record.getMessage().partition(": ")[2] for record in caplog.records]
         assert reasons[::2] == ["answered 503", "answered 404"] and len(reasons) == 4
 
@@ -303,6 +329,22 @@ class FinalsCounted(InMemoryRepository):
                     self.all_final.set()
 
 
+class Witness(HttpClient):
+    """The client, with the IDs of all batches that ran into its time limit: a busy machine may delay a good answer."""
+
+    def __init__(self, url: str, **options: float) -> None:
+        super().__init__(url, "secret", **options)
+        self.timed_out: list[list[str]] = []
+
+    def send(self, messages: Sequence[Message]) -> None:
+        try:
+            super().send(messages)
+        except FastSmsingError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                self.timed_out.append([message.message_id for message in messages])
+            raise
+
+
 def ask(address: Sequence[Any], requests: Sequence[tuple[str, str, str | None]]) -> list[Mapping[str, str]]:
     """The JSON answers to requests (method, path, body) made one after the other on one connection."""
     connection = http.client.HTTPConnection(address[0], address[1], timeout=HANG)
@@ -318,7 +360,10 @@ def ask(address: Sequence[Any], requests: Sequence[tuple[str, str, str | None]])
     return answers
 
 
-def test_5000_messages_reach_a_final_status_through_a_provider_that_fails_30_percent(clients: Any) -> None:
+def test_5000_messages_reach_a_final_status_through_a_provider_that_fails_30_percent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.CRITICAL, "smsproxy")  # of all the failures and of the reports that came late or twice
     total, posters = 5_000, 4
     numbers = ["0700" if number % 1_000 == 500 else f"48{number:09}" for number in range(total)]  # 0: rejected
     posts = [("POST", "/sms", json.dumps({"PhoneNumber": number, "Content": "Hi"})) for number in numbers]
@@ -327,14 +372,18 @@ def test_5000_messages_reach_a_final_status_through_a_provider_that_fails_30_per
     rng = random.Random(20)
     with (
         StandIn(deck(rng), poll_faults=deck(random.Random(21)), seed=22, latency=0.02) as provider,
-        SmsProxy(clients(provider.url, read_timeout=3.0), config, repository=repository) as proxy,
+        SmsProxy(
+            client := Witness(provider.url, connect_timeout=HANG, read_timeout=3.0, poll_interval=0.01),
+            config,
+            repository=repository,
+        ) as proxy,
         serving(proxy) as server,
         ThreadPoolExecutor(posters) as pool,
     ):
         address = server.server_address[:2]
         accepted = pool.map(lambda share: ask(address, share), [posts[start::posters] for start in range(posters)])
         ids = [answer["ID"] for answers in accepted for answer in answers]
-        assert repository.all_final.wait(HANG), "not every message reached a final status"
+        assert repository.all_final.wait(2 * HANG), "not every message reached a final status"
         gets = [("GET", f"/sms/{message_id}", None) for message_id in ids]
         answers = pool.map(lambda share: ask(address, share), [gets[start::posters] for start in range(posters)])
         statuses = {gets[start + posters * index][1][5:]: answer["Status"]
@@ -351,7 +400,7 @@ def test_5000_messages_reach_a_final_status_through_a_provider_that_fails_30_per
     outcomes: dict[str, list[bool]] = {}  # of each time that a message was processed: could the sender not know?
     for processed, unknown in provider.processed:
         for message_id in processed:
-            outcomes.setdefault(message_id, []).append(unknown)
+            outcomes.setdefault(message_id, []).append(unknown or processed in client.timed_out)
     assert [message_id for message_id, times in outcomes.items() if not all(times[:-1])] == []
     assert any(len(times) > 1 for times in outcomes.values()), "the faults made no duplicate, so nothing was tested"
 

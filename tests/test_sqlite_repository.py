@@ -50,9 +50,13 @@ class Clock:
 
 
 class Held:
-    """Holds the writer right before its next statement that begins so, until the block ends or `open`."""
+    """Holds the writer right before its next statement that begins so, until the block ends or `open`.
+
+    `words` has the first word of every statement that it executes, before and after that.
+    """
 
     def __init__(self, repository: SqliteRepository, statement: str) -> None:
+        self.words: list[str] = []
         self._statement = statement
         self._entered, self._opened = threading.Event(), threading.Event()
         writer(repository).set_trace_callback(self._trace)
@@ -72,6 +76,7 @@ class Held:
         self._opened.set()
 
     def _trace(self, sql: str) -> None:
+        self.words.append(sql.split(None, 1)[0])
         if sql.startswith(self._statement):
             self._entered.set()
             self._opened.wait(HANG)
@@ -242,7 +247,7 @@ class TestOpening:
         )
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with subprocess.Popen([sys.executable, "-c", script, path], cwd=ROOT, **pipes) as first:  # type: ignore[call-overload]
-            assert first.stdout.readline() == b"saved\n" or first.stdout.readline() == b"saved\r\n"
+            assert first.stdout.readline().strip() == b"saved"
             with pytest.raises(RepositoryUnavailableError, match="another process uses it"):
                 SqliteRepository(path)
             first.kill()
@@ -431,19 +436,765 @@ class TestOutbox:
 
 class TestGroups:
     def test_all_that_waits_is_committed_at_once(self, repository: SqliteRepository) -> None:
+        ids = [f"{number}" for number in range(50)]
         with Held(repository, "COMMIT") as held:
             first = later(repository, "first")
             held.wait()
-            rest = later(repository, *(f"{number}" for number in range(50)))
-            words: list[str] = []
-            held._trace = lambda sql: None  # type: ignore[method-assign]
-            held.open()
-            settle(first)
-        words = statements(repository)
-        assert settle(rest) == [None] * 50
-        assert outbox(repository) == ["first", *(f"{number}" for number in range(50))]
-        assert words.count("COMMIT") <= 1
+            rest = later(repository, *ids)
+        assert settle(first + rest) == [None] * 51
+        assert (held.words.count("COMMIT"), outbox(repository)) == (2, ["first", *ids])
 
     def test_a_group_has_a_largest_size(self, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sqlite_repository, "GROUP", 10)
-        assert True
+        with Held(repository, "COMMIT") as held:
+            first = later(repository, "first")
+            held.wait()
+            rest = later(repository, *(f"{number}" for number in range(45)))
+        assert settle(first + rest) == [None] * 46
+        assert held.words.count("COMMIT") == 1 + 5
+
+    def test_the_updates_of_one_mapping_are_one_transaction(self, repository: SqliteRepository) -> None:
+        settle(later(repository, *(f"{number}" for number in range(100))))
+        words = statements(repository)
+        assert repository.update_all({f"{number}": CONFIRMED for number in range(100)}) == {}
+        assert (words.count("UPDATE"), words.count("BEGIN"), words.count("COMMIT")) == (100, 1, 1)
+
+    def test_a_mapping_tells_which_updates_were_refused_and_applies_the_rest(
+        self, repository: SqliteRepository
+    ) -> None:
+        for message_id in "abc":
+            repository.save(message_id)
+        repository.update("b", FAILED)
+        refused = repository.update_all({"a": CONFIRMED, "b": DELIVERED, "x": CONFIRMED, "c": DELIVERED})
+        kinds = {message_id: type(error) for message_id, error in refused.items()}
+        assert kinds == {"b": StatusTransitionError, "x": UnknownMessageError}
+        assert [repository.get(message_id) for message_id in "abcx"] == [CONFIRMED, FAILED, DELIVERED, NOT_FOUND]
+
+    def test_an_empty_mapping_is_no_error(self, repository: SqliteRepository) -> None:
+        assert repository.update_all({}) == {}
+
+    def test_the_parts_of_a_group_are_in_the_order_of_the_calls(self, repository: SqliteRepository) -> None:
+        with Held(repository, "COMMIT") as held, ThreadPoolExecutor(1) as pool:
+            futures = later(repository, "first")
+            held.wait()
+            futures += later(repository, "a", "a")
+            held.open()
+            [_, won, lost] = settle(futures)
+            assert pool.submit(repository.update, "a", CONFIRMED).result(HANG) is None
+        assert (won, type(lost), repository.get("a")) == (None, DuplicateMessageError, CONFIRMED)
+
+    @pytest.mark.parametrize("bad", [object(), None, "\ud800", 2**70], ids=["object", "none", "surrogate", "giant"])
+    def test_one_bad_row_fails_only_its_own_caller(self, repository: SqliteRepository, bad: Any) -> None:
+        with Held(repository, "COMMIT") as held:
+            first = later(repository, "first")
+            held.wait()
+            rest = later(repository, "a", bad, "b", bad, "first", "c")
+        failed = [type(error) for error in settle(first + rest) if error is not None]
+        assert failed[2] is DuplicateMessageError
+        assert all(not issubclass(kind, RepositoryUnavailableError) for kind in failed)
+        assert (len(failed), outbox(repository)) == (3, ["first", "a", "b", "c"])
+        assert held.words.count("COMMIT") == 2
+
+    def test_a_duplicate_does_not_disturb_its_group(self, repository: SqliteRepository) -> None:
+        with Held(repository, "COMMIT") as held:
+            first = later(repository, "first")
+            held.wait()
+            rest = later(repository, "a", "first", "b")
+        kinds = [type(error) for error in settle(first + rest)]
+        assert kinds == [type(None), type(None), DuplicateMessageError, type(None)]
+        assert (held.words.count("BEGIN"), outbox(repository)) == (2, ["first", "a", "b"])
+
+    def test_one_unusable_id_in_a_delivery_report_costs_only_itself(self, repository: SqliteRepository) -> None:
+        settle(later(repository, "a", "b"))
+        updater = StatusUpdater(repository)
+        updater.start()
+        updater.updates.put({"a": "CONFIRMED", "\ud800": "CONFIRMED", "b": "DELIVERED"})
+        assert updater.stop(HANG)
+        assert (repository.get("a"), repository.get("b")) == (CONFIRMED, DELIVERED)
+        assert [updater.errors.get_nowait().message_id, updater.errors.empty()] == ["\ud800", True]  # type: ignore[union-attr]
+
+    def test_a_delivery_report_is_applied_but_for_what_cannot_be(self, repository: SqliteRepository) -> None:
+        settle(later(repository, "a", "b"))
+        updater = StatusUpdater(repository)
+        updater.start()
+        words = statements(repository)
+        updater.updates.put({"a": "CONFIRMED", "x": "CONFIRMED", "b": "EATEN"})
+        assert updater.stop(HANG)
+        errors = [updater.errors.get_nowait() for _ in range(updater.errors.qsize())]
+        kinds = {error.message_id: type(error.error) for error in errors if error is not None}
+        assert kinds == {"x": UnknownMessageError, "b": UnknownStatusError}
+        assert (repository.get("a"), repository.get("b"), words.count("COMMIT")) == (CONFIRMED, ACCEPTED, 1)
+
+    def test_a_read_does_not_wait_for_the_writer(self, repository: SqliteRepository) -> None:
+        repository.save("a", message("a"))
+        with Held(repository, "COMMIT") as held:
+            [future] = later(repository, "b")
+            held.wait()
+            found = (repository.get("a"), repository.get("b"), outbox(repository), future.done())
+        assert found == (ACCEPTED, NOT_FOUND, ["a"], False)
+        settle([future])
+
+    def test_save_later_does_not_wait_and_refuses_when_too_much_waits(
+        self, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sqlite_repository, "JOBS_WAITING", 3)
+        with Held(repository, "COMMIT") as held:
+            first = later(repository, "first")
+            held.wait()
+            rest = later(repository, "a", "b", "c")
+            with pytest.raises(OverloadedError):
+                later(repository, "d")
+            assert not any(future.done() for future in rest)
+        assert settle(first + rest) == [None] * 4
+        assert settle(later(repository, "d")) == [None]
+        assert outbox(repository) == ["first", "a", "b", "c", "d"]
+
+    def test_a_save_waits_for_room(self, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sqlite_repository, "JOBS_WAITING", 2)
+        with Held(repository, "COMMIT") as held, ThreadPoolExecutor(10) as pool:
+            first = later(repository, "first")
+            held.wait()
+            rest = [pool.submit(repository.save, f"{number}", message(f"{number}")) for number in range(10)]
+            held.open()
+            assert settle(first + rest) == [None] * 11
+        assert sorted(outbox(repository)) == sorted(["first", *(f"{number}" for number in range(10))])
+
+    def test_a_caller_that_gives_up_waiting_does_not_take_the_change_back(self, repository: SqliteRepository) -> None:
+        with Held(repository, "COMMIT") as held:
+            [future] = later(repository, "a")
+            held.wait()
+            assert not future.cancel()
+        assert (settle([future]), outbox(repository)) == ([None], ["a"])
+
+
+class TestTrouble:
+    def refused(self, repository: SqliteRepository, reason: str) -> None:
+        """Nothing can be written, nothing is half-written, and reads go on."""
+        before = (outbox(repository), repository.get("a"))
+        calls: list[Callable[[], object]] = [
+            lambda: repository.save("b", message("b", LARGE)),
+            lambda: repository.save_later("b", message("b", LARGE), None).result(HANG),
+        ]
+        for call in calls:
+            with pytest.raises(RepositoryUnavailableError, match=reason):
+                call()
+        assert (outbox(repository), repository.get("a"), repository.get("b")) == (*before, NOT_FOUND)
+
+    def works(self, repository: SqliteRepository) -> None:
+        repository.save("b", message("b", LARGE))
+        repository.update("a", CONFIRMED)
+        assert (outbox(repository), repository.get("a")) == (["b"], CONFIRMED)
+        repository.check()
+
+    def test_a_lock_of_someone_else_is_told_and_waited_out(self, path: str, impatient: None) -> None:
+        with opened(path) as repository, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            repository.save("a", message("a"))
+            other.execute("BEGIN IMMEDIATE")
+            self.refused(repository, "locked")
+            changes: list[Callable[[], object]] = [
+                lambda: repository.update("a", CONFIRMED),
+                lambda: repository.update_all({"a": CONFIRMED}),
+                lambda: repository.handed_over(["a"]),
+                repository.check,
+            ]
+            for change in changes:
+                with pytest.raises(RepositoryUnavailableError, match="locked"):
+                    change()
+            assert (outbox(repository), repository.get("a")) == (["a"], ACCEPTED)
+            other.execute("ROLLBACK")
+            self.works(repository)
+
+    def test_a_full_disk_is_told_and_the_service_carries_on_with_new_room(self, repository: SqliteRepository) -> None:
+        repository.save("a", message("a"))
+        pages = writer(repository).execute("PRAGMA page_count").fetchone()[0]
+        writer(repository).execute(f"PRAGMA max_page_count = {pages}").fetchone()
+        self.refused(repository, "full")
+        writer(repository).execute("PRAGMA max_page_count = 1000000").fetchone()
+        self.works(repository)
+
+    def test_a_group_that_does_not_fit_is_refused_as_a_whole(self, repository: SqliteRepository) -> None:
+        repository.save("a", message("a"))
+        pages = writer(repository).execute("PRAGMA page_count").fetchone()[0]
+        writer(repository).execute(f"PRAGMA max_page_count = {pages + 5}").fetchone()
+        with Held(repository, "COMMIT") as held:
+            first = later(repository, "b")
+            held.wait()
+            rest = later(repository, "c")
+            rest.append(repository.save_later("d", message("d", LARGE), None))
+        assert settle(first) == [None]
+        assert [type(error) for error in settle(rest)] == [RepositoryUnavailableError] * 2
+        assert outbox(repository) == ["a", "b"]
+        writer(repository).execute("PRAGMA max_page_count = 1000000").fetchone()
+        assert settle(later(repository, "c", "d")) == [None, None]
+        assert outbox(repository) == ["a", "b", "c", "d"]
+
+    def test_a_file_that_became_read_only_is_told_and_recovers(self, repository: SqliteRepository) -> None:
+        repository.save("a", message("a"))
+        writer(repository).execute("PRAGMA query_only = ON")
+        self.refused(repository, "readonly")
+        with pytest.raises(RepositoryUnavailableError, match="readonly"):
+            repository.check()
+        writer(repository).execute("PRAGMA query_only = OFF")
+        self.works(repository)
+
+    def test_a_commit_that_fails_leaves_nothing_behind(self, repository: SqliteRepository) -> None:
+        repository.save("a", message("a"))
+        writer(repository).set_authorizer(
+            lambda action, first, *rest: sqlite3.SQLITE_DENY
+            if (action, first) == (sqlite3.SQLITE_TRANSACTION, "COMMIT")
+            else sqlite3.SQLITE_OK
+        )
+        self.refused(repository, "not authorized")
+        writer(repository).set_authorizer(lambda *args: sqlite3.SQLITE_OK)
+        self.works(repository)
+
+    def test_the_proxy_waits_for_the_repository_before_it_goes_on(self, repository: SqliteRepository) -> None:
+        client = Gate()
+        with SmsProxy(client, SmsProxyConfig(batch_size=1), repository=repository) as proxy:
+            message_id = proxy.send(SendMessage(NUMBER, TEXT)).id
+            client.wait_entered()
+            writer(repository).execute("PRAGMA query_only = ON")
+            client.opened.set()
+            client.wait_for(len)
+            client.report({message_id: "DELIVERED"})
+            with pytest.raises(RepositoryUnavailableError):
+                proxy.send(SendMessage(NUMBER, TEXT))
+            assert (outbox(repository), proxy.get_status(message_id)) == ([message_id], ACCEPTED)
+            writer(repository).execute("PRAGMA query_only = OFF")
+        assert (client.ids, outbox(repository), repository.get(message_id)) == ([message_id], [], DELIVERED)
+
+    def test_health_tells_what_is_wrong_with_the_file(self, path: str, impatient: None) -> None:
+        with opened(path) as repository, contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            with SmsProxy(Recorder(), repository=repository) as proxy:
+                assert proxy.health() == []
+                other.execute("BEGIN IMMEDIATE")
+                assert ["locked" in reason for reason in proxy.health()] == [True]
+                other.execute("ROLLBACK")
+                assert proxy.health() == []
+
+    def test_health_tells_of_a_writer_that_does_not_answer(
+        self, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sqlite_repository, "BUSY_TIMEOUT", 0.01)
+        with SmsProxy(Recorder(), repository=repository) as proxy, Held(repository, "COMMIT") as held:
+            later(repository, "a")
+            held.wait()
+            assert ["does not answer" in reason for reason in proxy.health()] == [True]
+
+    def test_health_does_not_wait_for_room(self, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sqlite_repository, "BUSY_TIMEOUT", 0.01)
+        monkeypatch.setattr(sqlite_repository, "JOBS_WAITING", 1)
+        with SmsProxy(Recorder(), repository=repository) as proxy, ThreadPoolExecutor(1) as pool:
+            with Held(repository, "COMMIT") as held:
+                later(repository, "a")
+                held.wait()
+                later(repository, "b")
+                assert len(pool.submit(proxy.health).result(HANG / 3)) == 1
+
+    def test_a_callback_that_raises_harms_nobody(
+        self, repository: SqliteRepository, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(done: Future[None]) -> None:
+            raise RuntimeError("a callback's own")
+
+        with Held(repository, "COMMIT") as held:
+            futures = later(repository, "a", "b")
+            held.wait()
+            futures[0].add_done_callback(fail)
+        assert settle(futures + later(repository, "c")) == [None] * 3
+        assert outbox(repository) == ["a", "b", "c"]
+
+    def test_a_change_that_raises_fails_its_caller_and_nobody_else(self, repository: SqliteRepository) -> None:
+        class Broken(dict[str, MessageStatus]):
+            def items(self) -> Any:
+                raise RuntimeError("broken mapping")
+
+        repository.save("a", message("a"))
+        with pytest.raises(RuntimeError, match="broken mapping"):
+            repository.update_all(Broken(a=CONFIRMED))
+        self.works(repository)
+
+    def test_a_clock_that_raises_fails_its_caller_and_nobody_else(self, path: str) -> None:
+        clock = Clock()
+        broken = threading.Event()
+
+        def read() -> float:
+            if broken.is_set():
+                raise RuntimeError("broken clock")
+            return clock()
+
+        with opened(path, clock=read) as repository:
+            repository.save("a", message("a"))
+            broken.set()
+            with pytest.raises(RuntimeError, match="broken clock"):
+                repository.update("a", DELIVERED)
+            broken.clear()
+            self.works(repository)
+
+
+class TestClosing:
+    def test_it_commits_what_waits(self, path: str) -> None:
+        repository = SqliteRepository(path)
+        with ThreadPoolExecutor(1) as pool, Held(repository, "COMMIT") as held:
+            futures = later(repository, "first")
+            held.wait()
+            futures += later(repository, *(f"{number}" for number in range(20)))
+            closing = pool.submit(repository.close)
+            held.open()
+            closing.result(HANG)
+        assert settle(futures) == [None] * 21
+        with opened(path) as repository:
+            assert outbox(repository) == ["first", *(f"{number}" for number in range(20))]
+
+    def test_every_later_call_is_refused(self, path: str) -> None:
+        with opened(path) as repository:
+            repository.save("a", message("a"))
+        calls: list[Callable[[], object]] = [
+            lambda: repository.save("b"),
+            lambda: repository.save_later("b", message("b"), None),
+            lambda: repository.get("a"),
+            lambda: repository.update("a", CONFIRMED),
+            lambda: repository.update_all({"a": CONFIRMED}),
+            lambda: repository.handed_over(["a"]),
+            repository.outbox,
+            repository.check,
+        ]
+        for call in calls:
+            with pytest.raises(RepositoryUnavailableError, match="closed"):
+                call()
+
+    def test_it_can_be_closed_twice(self, path: str) -> None:
+        with opened(path) as repository:
+            repository.close()
+        with opened(path):
+            pass
+
+    def test_it_leaves_no_thread_and_one_file(self, path: str, tmp_path: Path) -> None:
+        before = threading.active_count()
+        with opened(path) as repository:
+            repository.save("a")
+            repository.get("a")
+        assert threading.active_count() == before
+        assert {name.name for name in tmp_path.iterdir()} - {"sms.db.lock"} == {"sms.db"}
+
+    def test_a_read_under_way_is_finished(self, path: str) -> None:
+        repository = SqliteRepository(path)
+        settle(later(repository, *(f"{number}" for number in range(100))))
+        start = threading.Barrier(5)
+
+        def read() -> set[MessageStatus]:
+            found = set()
+            start.wait(HANG)
+            with contextlib.suppress(RepositoryUnavailableError):
+                for number in range(100):
+                    found.add(repository.get(f"{number}"))
+            return found
+
+        with ThreadPoolExecutor(4) as pool:
+            reads = [pool.submit(read) for _ in range(4)]
+            start.wait(HANG)
+            repository.close()
+            assert all(done.result(HANG) <= {ACCEPTED} for done in reads)
+
+    @pytest.mark.parametrize("room", [1, 10_000])
+    @pytest.mark.parametrize("moment", [1, 20, 100])
+    def test_a_caller_is_answered_truly_or_refused_whenever_it_closes(
+        self, path: str, monkeypatch: pytest.MonkeyPatch, room: int, moment: int
+    ) -> None:
+        monkeypatch.setattr(sqlite_repository, "JOBS_WAITING", room)
+        repository = SqliteRepository(path)
+        acknowledged: queue.Queue[str] = queue.Queue()
+
+        def call(name: int) -> None:
+            number = 0
+            with contextlib.suppress(RepositoryUnavailableError):
+                while True:
+                    number += 1
+                    repository.save(f"{name}-{number}", message(f"{name}-{number}"))
+                    acknowledged.put(f"{name}-{number}")
+
+        with ThreadPoolExecutor(8) as pool:
+            callers = [pool.submit(call, name) for name in range(8)]
+            known = [acknowledged.get(timeout=HANG) for _ in range(moment)]
+            repository.close()
+            for caller in callers:
+                caller.result(HANG)
+        known += [acknowledged.get_nowait() for _ in range(acknowledged.qsize())]
+        with opened(path) as repository:
+            assert sorted(outbox(repository)) == sorted(known)
+
+
+class TestRetention:
+    def finals(self, repository: SqliteRepository, count: int) -> list[str]:
+        """Stores so many messages that are delivered."""
+        ids = [f"{number}" for number in range(count)]
+        settle(later(repository, *ids))
+        assert repository.update_all(dict.fromkeys(ids, DELIVERED)) == {}
+        return ids
+
+    def test_it_forgets_in_steps_and_accepts_between_them(
+        self, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sqlite_repository, "PURGE_STEP", 10)
+        clock = Clock()
+        with opened(path, 60.0, clock=clock) as repository:
+            ids = self.finals(repository, 35)
+            clock.now += 61.0
+            with Held(repository, "DELETE") as held:
+                repository.save("during")  # wakes the writer, which then begins to forget
+                held.wait()
+                between = later(repository, "between")
+            assert settle(between) == [None]
+            for _ in range(4):
+                repository.check()
+            order = [word for word in held.words if word in ("INSERT", "DELETE")]
+            assert order == ["INSERT", "DELETE", "INSERT", "DELETE", "DELETE", "DELETE"]
+            assert {repository.get(message_id) for message_id in ids} == {NOT_FOUND}
+            assert (repository.get("during"), repository.get("between")) == (ACCEPTED, ACCEPTED)
+
+    def test_it_forgets_while_nobody_calls(self, path: str) -> None:
+        with opened(path, 0.05) as repository, Held(repository, "DELETE") as held:
+            repository.save("a")
+            repository.update("a", DELIVERED)
+            held.wait()
+            held.open()
+            repository.check()
+            assert repository.get("a") == NOT_FOUND
+
+    def test_it_forgets_what_became_due_while_it_was_closed(self, path: str) -> None:
+        clock = Clock()
+        with opened(path, 60.0, clock=clock) as repository:
+            self.finals(repository, 3)
+        clock.now += 61.0
+        with opened(path, 60.0, clock=clock) as repository:
+            repository.check()
+            repository.check()
+            assert {repository.get(f"{number}") for number in range(3)} == {NOT_FOUND}
+
+    def test_the_retention_of_this_run_counts(self, path: str) -> None:
+        clock = Clock()
+        with opened(path, 0, clock=clock) as repository:
+            self.finals(repository, 3)
+        clock.now += 61.0
+        with opened(path, 120.0, clock=clock) as repository:
+            repository.check()
+            repository.check()
+            assert repository.get("0") == DELIVERED
+        with opened(path, 60.0, clock=clock) as repository:
+            repository.check()
+            repository.check()
+            assert repository.get("0") == NOT_FOUND
+
+    def forget_again(self, repository: SqliteRepository, clock: Clock, repair: Callable[[], object]) -> None:
+        clock.now += 61.0
+        repository.check()
+        repository.check()
+        assert repository.get("0") == DELIVERED
+        repair()
+        clock.now += 600.0
+        repository.check()
+        repository.check()
+        assert {repository.get(f"{number}") for number in range(3)} == {NOT_FOUND}
+
+    def test_forgetting_that_fails_is_tried_again(self, path: str) -> None:
+        clock = Clock()
+        with opened(path, 60.0, clock=clock) as repository:
+            self.finals(repository, 3)
+            writer(repository).set_authorizer(
+                lambda action, *rest: sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_DELETE else sqlite3.SQLITE_OK
+            )
+            self.forget_again(
+                repository, clock, lambda: writer(repository).set_authorizer(lambda *args: sqlite3.SQLITE_OK)
+            )
+
+    def test_forgetting_whose_commit_fails_is_tried_again(self, path: str) -> None:
+        clock = Clock()
+        with opened(path, 60.0, clock=clock) as repository:
+            self.finals(repository, 3)
+            # A deferred constraint is checked, and here broken, by the COMMIT itself.
+            writer(repository).executescript(
+                """
+                CREATE TABLE trap (seq REFERENCES message (seq) DEFERRABLE INITIALLY DEFERRED);
+                CREATE TRIGGER spring AFTER DELETE ON message BEGIN INSERT INTO trap VALUES (-1); END;
+                PRAGMA foreign_keys = ON;
+                """
+            )
+            self.forget_again(repository, clock, lambda: writer(repository).execute("PRAGMA foreign_keys = OFF"))
+
+    def test_a_confirmed_message_waits_for_its_end(self, path: str) -> None:
+        clock = Clock()
+        with opened(path, 60.0, clock=clock) as repository:
+            settle(later(repository, "a", "b"))
+            repository.update("a", CONFIRMED)
+            self.finals(repository, 2)
+            clock.now += 1e6
+            repository.check()
+            repository.check()
+            assert [repository.get(message_id) for message_id in "ab01"] == [CONFIRMED, ACCEPTED, NOT_FOUND, NOT_FOUND]
+
+
+class Images:
+    """Copies of the database as a crash at that moment would leave it: what was written, and nothing of memory."""
+
+    def __init__(self, path: str, into: Path) -> None:
+        self._path, self._into = path, into
+        self.taken: list[str] = []
+
+    def take(self) -> None:
+        """Takes one more. Files so small are not checkpointed, so a commit meanwhile only adds to the log's end."""
+        image = str(self._into / f"image-{len(self.taken)}.db")
+        for suffix in ("", "-wal"):
+            if os.path.exists(self._path + suffix):
+                shutil.copy(self._path + suffix, image + suffix)
+        self.taken.append(image)
+
+
+class Crashing(SqliteRepository):
+    """Takes an image at one step."""
+
+    def __init__(self, path: str, step: str, images: Images) -> None:
+        super().__init__(path)
+        self._step, self._images = step, images
+
+    def save_later(self, message_id: str, message: Message, fingerprint: bytes | None) -> Future[None]:
+        saved = super().save_later(message_id, message, fingerprint)
+        if self._step == "committed":  # the first callback: nobody else knows yet
+            saved.add_done_callback(lambda done: self._images.take())
+        return saved
+
+    def handed_over(self, message_ids: Any) -> None:
+        ids = list(message_ids)
+        if self._step == "before the mark":
+            self._images.take()
+        super().handed_over(ids)
+        if self._step == "after the mark":
+            self._images.take()
+
+    def update_all(self, updates: Mapping[str, MessageStatus]) -> Any:
+        if self._step == "before the update":
+            self._images.take()
+        failures = super().update_all(updates)
+        if self._step == "after the update":
+            self._images.take()
+        return failures
+
+
+class Imaging(Recorder):
+    """A provider double that takes an image of each moment before it takes a batch, and after."""
+
+    def __init__(self, images: Images) -> None:
+        super().__init__()
+        self._images = images
+
+    def send(self, messages: Any) -> None:
+        self._images.take()
+        super().send(messages)
+        self._images.take()
+
+
+def restart(path: str, config: SmsProxyConfig = WAITS) -> tuple[list[str], dict[str, MessageStatus]]:
+    """What a new process hands over, and the statuses after that, of all that the file knows."""
+    client = Recorder()
+    with opened(path) as repository:
+        proxy = SmsProxy(client, config, repository=repository)
+        proxy.start()
+        assert proxy.stop(HANG) == 0
+        assert outbox(repository) == []
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        statuses = {row[0]: MessageStatus(row[1]) for row in db.execute("SELECT id, status FROM message ORDER BY seq")}
+    return client.ids, statuses
+
+
+class TestCrashes:
+    """A failure at each step, through the real proxy: what a new process finds and does."""
+
+    @pytest.fixture
+    def images(self, path: str, tmp_path: Path) -> Images:
+        return Images(path, tmp_path)
+
+    def run(self, repository: SqliteRepository, client: Recorder, texts: int = 3) -> list[str]:
+        """Accepts so many messages, hands them over as one batch, stops cleanly; returns their IDs."""
+        proxy = SmsProxy(client, WAITS, repository=repository)
+        with contextlib.closing(repository), proxy:
+            accepted = [proxy.send_later(SendMessage(NUMBER, f"{number}")) for number in range(texts)]
+            return [future.result(HANG).id for future in accepted]
+
+    def test_before_the_commit_nothing_was_promised_and_nothing_is_sent(self, path: str, images: Images) -> None:
+        client = Recorder()
+        with opened(path) as repository, SmsProxy(client, WAITS, repository=repository) as proxy:
+            before = proxy.send(SendMessage(NUMBER, TEXT)).id
+            with Held(repository, "COMMIT") as held:
+                answer = proxy.send_later(SendMessage(NUMBER, TEXT))
+                held.wait()
+                images.take()
+                assert not answer.done()
+            after = answer.result(HANG).id
+        assert client.ids == [before, after]
+        assert restart(images.taken[0]) == ([before], {before: ACCEPTED})
+
+    def test_after_the_commit_it_is_sent_though_nobody_was_told(self, path: str, images: Images) -> None:
+        ids = self.run(Crashing(path, "committed", images), Recorder(), texts=1)
+        assert restart(images.taken[0]) == (ids, {ids[0]: ACCEPTED})
+
+    def test_before_the_provider_took_it_a_batch_is_sent_once(self, path: str, images: Images) -> None:
+        ids = self.run(SqliteRepository(path), Imaging(images))
+        assert restart(images.taken[0]) == (ids, dict.fromkeys(ids, ACCEPTED))
+
+    def test_after_the_provider_took_it_a_batch_is_sent_again_under_the_same_ids(
+        self, path: str, images: Images
+    ) -> None:
+        ids = self.run(SqliteRepository(path), Imaging(images))
+        assert restart(images.taken[1]) == (ids, dict.fromkeys(ids, ACCEPTED))
+
+    def test_before_the_mark_only_the_batches_under_way_are_sent_again(self, path: str, images: Images) -> None:
+        client = Recorder()
+        repository = Crashing(path, "before the mark", images)
+        config = SmsProxyConfig(batch_size=2, max_delay=None, senders=1)
+        with contextlib.closing(repository), SmsProxy(client, config, repository=repository) as proxy:
+            ids = [proxy.send(SendMessage(NUMBER, TEXT)).id for _ in range(6)]
+        assert client.ids == ids
+        # Of the second image: the first batch is marked, the second one is taken and not marked.
+        again, statuses = restart(images.taken[1])
+        assert again == [message_id for message_id in statuses if message_id not in ids[:2]]
+        assert again[:2] == ids[2:4]
+
+    def test_after_the_mark_nothing_is_sent_again(self, path: str, images: Images) -> None:
+        ids = self.run(Crashing(path, "after the mark", images), Recorder())
+        assert restart(images.taken[0]) == ([], dict.fromkeys(ids, ACCEPTED))
+
+    @pytest.mark.parametrize(("step", "status"), [("before the update", ACCEPTED), ("after the update", DELIVERED)])
+    def test_a_report_that_overtakes_the_mark_ends_the_sending_once_it_is_applied(
+        self, path: str, images: Images, step: str, status: MessageStatus
+    ) -> None:
+        applied = threading.Event()
+
+        class Early(Recorder):
+            def send(self, messages: Any) -> None:
+                super().send(messages)
+                self.report({each.message_id: "DELIVERED" for each in messages})
+                assert applied.wait(HANG)
+
+        class Watching(Crashing):
+            def update_all(self, updates: Mapping[str, MessageStatus]) -> Any:
+                failures = super().update_all(updates)
+                applied.set()
+                return failures
+
+        ids = self.run(Watching(path, step, images), Early())
+        again = ids if status is ACCEPTED else []
+        assert restart(images.taken[0]) == (again, dict.fromkeys(ids, status))
+        assert restart(path) == ([], dict.fromkeys(ids, DELIVERED))
+
+    @pytest.mark.parametrize(("step", "again"), [("before the update", True), ("after the update", False)])
+    def test_a_batch_is_given_up_once_that_is_recorded(
+        self, path: str, images: Images, step: str, again: bool
+    ) -> None:
+        client = Scripted(FastSmsingError("no"))
+        repository = Crashing(path, step, images)
+        config = SmsProxyConfig(batch_size=1, max_attempts=1)
+        updated = Held(repository, "UPDATE")
+        with contextlib.closing(repository), SmsProxy(client, config, repository=repository) as proxy:
+            message_id = proxy.send(SendMessage(NUMBER, TEXT)).id
+            updated.wait()
+            updated.open()
+        assert client.ids == []
+        expected = ([message_id], {message_id: ACCEPTED}) if again else ([], {message_id: FAILED})
+        assert restart(images.taken[0]) == expected
+
+    def test_a_stop_that_leaves_messages_leaves_them_for_the_next_start(self, path: str) -> None:
+        client = Gate()
+        with opened(path) as repository:
+            proxy = SmsProxy(client, SmsProxyConfig(batch_size=1, senders=1), repository=repository)
+            proxy.start()
+            ids = [proxy.send(SendMessage(NUMBER, TEXT)).id for _ in range(3)]
+            client.wait_entered()
+            assert proxy.stop(0.0) == 3
+            assert outbox(repository) == ids
+        client.opened.set()  # too late to be recorded: the file is closed
+        assert restart(path) == (ids, dict.fromkeys(ids, ACCEPTED))
+
+    def test_an_idempotency_key_is_known_after_a_restart(self, path: str, images: Images) -> None:
+        repository = Crashing(path, "committed", images)
+        with contextlib.closing(repository), SmsProxy(Recorder(), WAITS, repository=repository) as proxy:
+            first = proxy.send_later(SendMessage(NUMBER, TEXT), "order-7").result(HANG).id
+        client = Recorder()
+        with opened(images.taken[0]) as image, SmsProxy(client, WAITS, repository=image) as proxy:
+            assert proxy.send(SendMessage(NUMBER, TEXT), "order-7").id == first
+            assert proxy.send_later(SendMessage(NUMBER, TEXT), "order-7").result(HANG).id == first
+            with pytest.raises(IdempotencyError):
+                proxy.send(SendMessage(NUMBER, "another text"), "order-7")
+        assert client.ids == [first]
+
+
+class TestRestarts:
+    def fill(self, path: str, *ids: str, accepted: float | None = None) -> None:
+        with opened(path, clock=time.time if accepted is None else Clock(accepted)) as repository:
+            settle(later(repository, *ids))
+
+    def test_messages_leave_in_the_order_of_acceptance_and_before_new_ones(self, path: str) -> None:
+        ids = ["z", "a", "m", "b", "y"]
+        self.fill(path, *ids)
+        client = Recorder()
+        config = SmsProxyConfig(batch_size=2, max_delay=None, senders=1)
+        with opened(path) as repository, SmsProxy(client, config, repository=repository) as proxy:
+            new = proxy.send(SendMessage(NUMBER, TEXT)).id
+        assert client.ids == [*ids, new]
+
+    def test_numbers_and_texts_leave_unchanged(self, path: str) -> None:
+        self.fill(path, "a")
+        client = Recorder()
+        with opened(path) as repository, SmsProxy(client, WAITS, repository=repository):
+            pass
+        assert client.batches == [[message("a")]]
+
+    def test_they_count_against_max_pending_and_are_never_refused(self, path: str) -> None:
+        ids = [f"{number}" for number in range(25)]
+        self.fill(path, *ids)
+        client = Gate()
+        config = SmsProxyConfig(batch_size=5, max_pending=10, senders=1)
+        with opened(path) as repository, SmsProxy(client, config, repository=repository) as proxy:
+            client.wait_entered()
+            assert proxy.gauges()["smsproxy_pending_messages"] == 25
+            with pytest.raises(OverloadedError):
+                proxy.send(SendMessage(NUMBER, TEXT))
+            with pytest.raises(OverloadedError):
+                proxy.send_later(SendMessage(NUMBER, TEXT))
+            client.opened.set()
+            client.wait_for(lambda batches: len(batches) == 5)
+        assert client.ids == ids
+
+    def test_their_age_counts_from_acceptance(self, path: str) -> None:
+        self.fill(path, "old", accepted=time.time() - 3_600)
+        self.fill(path, "young")
+        client = Recorder()
+        config = SmsProxyConfig(batch_size=100, max_delay=None, max_age=600.0)
+        with opened(path) as repository:
+            with SmsProxy(client, config, repository=repository):
+                pass
+            statuses = [repository.get(message_id) for message_id in ("old", "young")]
+            assert (client.ids, statuses, outbox(repository)) == (["young"], [FAILED, ACCEPTED], [])
+
+    def test_they_have_lingered_already(self, path: str) -> None:
+        self.fill(path, "old", accepted=time.time() - 3_600)
+        client = Recorder()
+        config = SmsProxyConfig(batch_size=100, max_delay=1_800.0)
+        with opened(path) as repository, SmsProxy(client, config, repository=repository):
+            client.wait_for(len)
+        assert client.ids == ["old"]
+
+    def test_a_time_of_acceptance_in_the_future_is_taken_as_now(self, path: str) -> None:
+        self.fill(path, "a", accepted=time.time() + 3_600)
+        client = Recorder()
+        config = SmsProxyConfig(batch_size=100, max_delay=0.0, max_age=600.0)
+        with opened(path) as repository, SmsProxy(client, config, repository=repository):
+            client.wait_for(len)
+        assert client.ids == ["a"]
+
+    def test_delivery_reports_of_messages_handed_over_before_are_applied(self, path: str) -> None:
+        self.fill(path, "a")
+        assert restart(path)[0] == ["a"]
+        client = Recorder()
+        with opened(path) as repository, SmsProxy(client, WAITS, repository=repository) as proxy:
+            client.report({"a": "DELIVERED"})
+            proxy.stop(HANG)
+            assert (client.ids, repository.get("a")) == ([], DELIVERED)

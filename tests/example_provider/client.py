@@ -177,9 +177,9 @@ class HttpClient:
 
     def _publish(self, reports: Sequence[Mapping[str, str]]) -> None:
         """Every report to every subscriber, in order: a mapping has room for one status of a message."""
-        mappings: list[dict[str, object]] = [{}]
+        mappings: list[dict[str, object]] = []
         for report in reports:
-            if report["ID"] in mappings[-1]:
+            if not mappings or report["ID"] in mappings[-1]:
                 mappings.append({})
             mappings[-1][report["ID"]] = STATUSES.get(report["Status"], report["Status"])
         with self._lock:

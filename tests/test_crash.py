@@ -1,0 +1,198 @@
+"""The whole command with `--db`, killed with SIGKILL under load and started again: nothing accepted is lost.
+
+The moments of the kills are random numbers of accepted messages, from a seed; the provider's stand-in records what it
+took outside the process. The long version runs with `pytest -m long -s`.
+"""
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from helpers import HANG
+from smsproxy import MessageStatus
+from sqlite_repository import SqliteRepository
+
+TESTS = Path(__file__).parent
+CALLERS = 8
+SENDERS, BATCH = 2, 20
+WINDOW = SENDERS * BATCH  # messages that one kill may cause to be sent twice
+FLAGS = (
+    "--port", "0", "--client", "recording_provider:make_client", "--senders", f"{SENDERS}", "--batch-size", "5",
+    "--max-batch-size", f"{BATCH}", "--max-delay", "0",  # so that requests are under way at every moment
+)  # fmt: skip
+RANK = {MessageStatus.ACCEPTED: 0, MessageStatus.CONFIRMED: 1, MessageStatus.FAILED: 2, MessageStatus.DELIVERED: 2}
+
+
+class Service:
+    """The command as a process of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        env = {**os.environ, "PYTHONPATH": str(TESTS), "RECORDING_FILE": str(directory / "provider.txt")}
+        command = [sys.executable, "main.py", "--db", str(directory / "sms.db"), *FLAGS]
+        self._process = subprocess.Popen(command, cwd=TESTS.parent, env=env, stderr=subprocess.PIPE, text=True)
+        self._listening = threading.Event()
+        self._log: list[str] = []
+        self._reader = threading.Thread(target=self._read, name="log of the service", daemon=True)
+        self._reader.start()
+        assert self._listening.wait(HANG) and self.port, "".join(self._log)
+
+    def _read(self) -> None:
+        self.port = 0
+        assert self._process.stderr is not None
+        with self._process.stderr as lines:
+            for line in lines:
+                self._log.append(line)
+                if found := re.search(r"listening on \S+ port (\d+)", line):
+                    self.port = int(found[1])
+                    self._listening.set()
+        self._listening.set()  # it ended; that is told by the port
+
+    def end(self, signum: int) -> int:
+        """Sends the signal and waits for the end; returns the exit code."""
+        self._process.send_signal(signum)
+        code = self._process.wait(HANG)
+        self._reader.join(HANG)
+        return code
+
+    @property
+    def errors(self) -> list[str]:
+        """What it logged as an error."""
+        return [line for line in self._log if " ERROR " in line or line.startswith("Traceback")]
+
+
+@dataclass
+class Shop:
+    """What the callers know: every ID that got a 202, and how far each was when last seen."""
+
+    accepted: list[str] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def wait_for(self, count: int) -> None:
+        """Blocks until so many messages are accepted."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.accepted) >= count or self.wrong, HANG), "nothing is accepted"
+
+    def post(self, connection: http.client.HTTPConnection) -> None:
+        body = json.dumps({"PhoneNumber": "48123456789", "Content": "Your parcel is here"})
+        connection.request("POST", "/sms", body)
+        with connection.getresponse() as response:
+            document = json.loads(response.read())
+        with self.changed:
+            if response.status == 202:
+                self.accepted.append(document["ID"])
+                self.ranks[document["ID"]] = 0
+            else:
+                self.wrong.append(f"POST: {response.status} {document}")
+            self.changed.notify_all()
+
+    def poll(self, connection: http.client.HTTPConnection, message_id: str) -> None:
+        with self.changed:
+            before = self.ranks[message_id]
+        connection.request("GET", f"/sms/{message_id}")
+        with connection.getresponse() as response:
+            document = json.loads(response.read())
+        rank = RANK.get(document.get("Status"), -1)
+        with self.changed:
+            if rank < before:
+                self.wrong.append(f"GET {message_id}: {response.status} {document} after rank {before}")
+            self.ranks[message_id] = max(rank, self.ranks[message_id])
+
+    def call(self, port: int, seed: str) -> None:
+        """Posts and polls until the service is gone."""
+        rng = random.Random(seed)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG)
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            while not self.wrong:
+                self.post(connection)
+                self.poll(connection, rng.choice(self.accepted))
+
+
+@contextlib.contextmanager
+def callers(shop: Shop, port: int, seed: str) -> Iterator[None]:
+    """Callers that go on until the service is gone, which the block has to see to."""
+    threads = [threading.Thread(target=shop.call, args=(port, f"{seed}/{n}"), daemon=True) for n in range(CALLERS)]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join(HANG)
+        assert not thread.is_alive(), "a caller hangs"
+
+
+def taken(directory: Path) -> Counter[str]:
+    """How many times the provider took each message."""
+    return Counter((directory / "provider.txt").read_text().split())
+
+
+def left(directory: Path, scratch: Path) -> set[str]:
+    """The IDs in the outbox of a copy of what the killed process left."""
+    for suffix in ("", "-wal"):
+        if (directory / f"sms.db{suffix}").exists():
+            shutil.copy(directory / f"sms.db{suffix}", scratch / f"sms.db{suffix}")
+    with contextlib.closing(SqliteRepository(str(scratch / "sms.db"))) as repository:
+        return {message.message_id for _, message in repository.outbox()}
+
+
+def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:
+    """Each round accepts 1 to `most` messages before the kill."""
+    directory, shop, rng = tmp_path / "kept", Shop(), random.Random(rounds)
+    directory.mkdir()
+    unknown, resent_before = [], 0
+    for number in range(rounds):
+        service = Service(directory)
+        goal = len(shop.accepted) + rng.randint(1, most)
+        with callers(shop, service.port, f"{rounds}/{number}"):
+            shop.wait_for(goal)
+            service.end(signal.SIGKILL)
+        (tmp_path / f"{number}").mkdir()
+        waiting, times = left(directory, tmp_path / f"{number}"), taken(directory)
+        assert shop.wrong == []
+        assert set(shop.accepted) - waiting - set(times) == set(), "lost"
+        unknown.append(len(waiting & set(times)))  # taken, perhaps, and not marked: these are sent again
+        assert unknown[-1] <= WINDOW
+        resent = times.total() - len(times)
+        assert resent - resent_before <= (unknown[-2] if number else 0), "sent twice without need"
+        resent_before = resent
+    service = Service(directory)
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=HANG)
+    with contextlib.closing(connection):
+        for message_id in shop.accepted:
+            shop.poll(connection, message_id)
+    assert (service.end(signal.SIGTERM), service.errors, shop.wrong) == (0, [], [])
+    times = taken(directory)
+    assert set(shop.accepted) - set(times) == set(), "lost"
+    (tmp_path / "end").mkdir()
+    assert left(directory, tmp_path / "end") == set()
+    resent = times.total() - len(times)
+    assert resent <= sum(unknown)
+    print(
+        f"\n{rounds} kills: {len(shop.accepted)} messages got a 202, 0 lost, 0 NOT_FOUND, no status went backwards;"
+        f" {len(times) - len(set(shop.accepted))} more were accepted as the process died; {resent} were sent again,"
+        f" at most {max(unknown)} for one kill (the window is {SENDERS} senders x {BATCH} = {WINDOW})"
+    )
+
+
+def test_nothing_accepted_is_lost_when_the_process_is_killed(tmp_path: Path) -> None:
+    kill_again_and_again(tmp_path, rounds=3, most=400)
+
+
+@pytest.mark.long
+def test_nothing_accepted_is_lost_in_25_kills(tmp_path: Path) -> None:
+    kill_again_and_again(tmp_path, rounds=25, most=2_000)
