@@ -468,7 +468,6 @@ class FrontServer(HTTPServer):
         self._connections: set[FrontHandler] = set()
         self._listening = self._accepting = False
         self._accept_again = self._stop_at = NEVER
-        self._shutdown_timeout = 0.0
         self._calls: deque[tuple[Any, ...]] = deque()
         self._woken = False  # a byte is on its way through the waker
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="smsproxy-http")
@@ -507,7 +506,7 @@ class FrontServer(HTTPServer):
         self.listen()
         while not self.closing or self._connections:
             self._tick()
-            timeout = None if self.soonest == NEVER else max(0.0, self.soonest - self.now)
+            timeout = None if self.soonest == NEVER else min(max(0.0, self.soonest - self.now), 3600.0)
             events = self._selector.select(timeout)
             self._tick()
             for key, mask in events:
@@ -518,8 +517,7 @@ class FrontServer(HTTPServer):
     def shutdown(self, timeout: float = 10.0) -> None:
         """Begins the end and returns at once: accepts no more, closes idle connections, lets running
         requests finish for at most `timeout` seconds; a second call can only shorten that."""
-        self._shutdown_timeout = timeout
-        self.call_soon(self._begin_closing)
+        self.call_soon(self._begin_closing, timeout)
 
     def call_soon(self, call: Callable[..., None], *args: Any) -> None:
         """Runs `call(*args)` in the loop's thread."""
@@ -629,8 +627,8 @@ class FrontServer(HTTPServer):
             self._accept_again, self._stop_at, *(handler.deadline for handler in self._connections), NEVER
         )
 
-    def _begin_closing(self) -> None:
-        self._stop_at = min(self._stop_at, self.now + self._shutdown_timeout)
+    def _begin_closing(self, timeout: float) -> None:
+        self._stop_at = min(self._stop_at, self.now + timeout)
         self.soonest = min(self.soonest, self._stop_at)
         if self.closing:
             return

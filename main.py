@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib
+import ipaddress
 import json
 import logging
 import math
@@ -33,8 +34,6 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("smsproxy.main")
 
-LOOPBACK = ("127.", "::1", "localhost")
-
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and takes every flag from the environment, too."""
@@ -44,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def number(kind: type, low: float, high: float = math.inf, *, optional: bool = False) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = 1e12, *, optional: bool = False) -> Callable[[str], Any]:
     """A flag's type: a number within bounds, or `none` where the setting can be off."""
 
     def parse(text: str) -> Any:
@@ -54,8 +53,8 @@ def number(kind: type, low: float, high: float = math.inf, *, optional: bool = F
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        if not low <= value <= high:
+            bounds = f"at least {low:g}" if high == 1e12 else f"{low:g} to {high:g}"
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun}, {bounds}{', or none' if optional else ''}")
         return value
@@ -89,7 +88,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[str], Any], str | None, str], ...]] 
         ("api-keys-file", text, None, "file with API keys, one a line; more may be in $SMSPROXY_API_KEYS"),
     ),
     "batching": (
-        ("batch-size", number(int, -math.inf), "10", "messages that make a batch leave; 1 or less: no batching"),
+        ("batch-size", number(int, -1e12), "10", "messages that make a batch leave; 1 or less: no batching"),
         ("max-batch-size", number(int, 1), None, "most messages in one request (default: 10 times the batch size)"),
         ("max-delay", number(float, 0, optional=True), "5", "longest linger of a message, in seconds, or none"),
         ("senders", number(int, 1), "4", "requests to the provider at a time"),
@@ -97,7 +96,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[str], Any], str | None, str], ...]] 
     ),
     "the provider": (
         ("client", text, "fastsmsing:InMemoryClient", "MODULE:FACTORY that makes the FastSmsingClient"),
-        ("max-attempts", number(int, -math.inf), "3", "tries per batch"),
+        ("max-attempts", number(int, -1e12), "3", "tries per batch"),
         ("max-age", number(float, 0, optional=True), "none", "seconds after which a message is not sent any more"),
     ),
     "keeping": (
@@ -134,6 +133,7 @@ def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argpar
     try:
         names = {field.name for field in dataclasses.fields(SmsProxyConfig)}
         options.config = SmsProxyConfig(**{name: value for name, value in vars(options).items() if name in names})
+        vars(options).update({name: getattr(options.config, name) for name in names & vars(options).keys()})
         options.api_keys = api_keys(options.api_keys_file, environ)
         options.make_client = load(options.client)
     except ValidationError as error:
@@ -151,8 +151,8 @@ def api_keys(path: str | None, environ: Mapping[str, str]) -> list[str]:
     keys = [key.strip() for key in keys if key.strip()]
     if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
         raise ValidationError("api_keys_file", "and $SMSPROXY_API_KEYS must hold visible ASCII characters only")
-    if path and not keys:
-        raise ValidationError("api_keys_file", "holds no key")
+    if (path or environ.get("SMSPROXY_API_KEYS")) and not keys:  # meant to be guarded: do not open it
+        raise ValidationError("api_keys_file", "and $SMSPROXY_API_KEYS hold no key")
     return keys
 
 
@@ -162,11 +162,24 @@ def load(factory: str) -> Callable[[], FastSmsingClient]:
     sys.path.append(os.getcwd())
     try:
         found: Any = operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValidationError("client", f"{factory!r} cannot be loaded as MODULE:FACTORY: {error}") from None
+    except Exception as error:  # the module's own code runs
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValidationError("client", f"{factory!r} cannot be loaded as MODULE:FACTORY: {why}") from None
     if not callable(found):
         raise ValidationError("client", f"{factory!r} is not callable")
     return cast(Callable[[], FastSmsingClient], found)
+
+
+def make(factory: Callable[[], FastSmsingClient]) -> FastSmsingClient:
+    """The client; raises `SmsProxyError` when there is none."""
+    try:
+        client = factory()
+    except Exception as error:  # somebody else's code
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SmsProxyError(f"the client cannot be made: {why}") from error
+    if not all(callable(getattr(client, name, None)) for name in ("send", "subscribe", "stop")):
+        raise SmsProxyError(f"the client has no send, subscribe and stop: {type(client).__name__}")
+    return client
 
 
 class JsonFormatter(logging.Formatter):
@@ -180,6 +193,14 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             doc["exception"] = self.formatException(record.exc_info)
         return json.dumps(doc)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect there."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def configure_logging(level: str, style: str) -> None:
@@ -196,7 +217,7 @@ def run(options: argparse.Namespace) -> int:
         repository: Repository = InMemoryRepository(options.retention)
         if options.db:
             repository = undo.enter_context(contextlib.closing(SqliteRepository(options.db, options.retention)))
-        client = options.make_client()
+        client = make(options.make_client)
         if options.check:
             client.stop()
             print("the settings, the client and the database are good")
@@ -245,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("smsproxy %s: %s", __version__, " ".join(f"{name}={value}" for name, value in sorted(shown.items())))
     if not options.db:
         log.info("messages and statuses live in memory: a restart loses them (--db keeps them)")
-    if not options.api_keys and not options.host.startswith(LOOPBACK):
+    if not (options.api_keys or is_loopback(options.host)):
         log.warning("listening on %s without API keys: anyone who can connect can send messages", options.host)
     try:
         return run(options)

@@ -42,6 +42,7 @@ RESULTS_WAITING = 1_000  # results a slow statistics sink may be behind before t
 UPDATES_WAITING = 10_000  # delivery reports the provider may be ahead of us before it has to wait
 ERRORS_WAITING = 1_000  # failed updates kept for whoever reads `StatusUpdater.errors`
 LONGEST_WAIT = 3_600.0  # seconds; bounds what a provider can ask for with `retry_after`
+LONGEST_TIME = 1e12  # seconds; what a setting can be, and floats still count whole
 GRACE = 1.0  # seconds that the last steps of a stop get even when its deadline has passed
 RETENTION = 3 * 24 * 3600.0  # seconds
 
@@ -202,8 +203,8 @@ class SmsProxyConfig:
             raise ValidationError(name, "must be a whole number" if whole else "must be a number")
         if name in ("senders", "max_pending") and value < 1:
             raise ValidationError(name, "must be at least 1")
-        if not whole and not (value >= 0 and math.isfinite(value)):
-            raise ValidationError(name, "must be a finite number of seconds, not negative")
+        if not whole and not 0 <= value <= LONGEST_TIME:
+            raise ValidationError(name, f"must be 0 to {LONGEST_TIME:g} seconds")
 
 
 # Repositories
@@ -235,7 +236,7 @@ class DurableRepository(Repository, Protocol):
     def save_later(self, message_id: str, message: Message, fingerprint: bytes | None) -> Future[None]:
         """`save` that does not block; the Future ends as `save` would, in the order of the calls."""
 
-    def update_all(self, updates: Mapping[str, MessageStatus]) -> dict[str, SmsProxyError]:
+    def update_all(self, updates: Mapping[str, MessageStatus]) -> dict[str, Exception]:
         """Applies the updates in one transaction; returns why some could not be."""
 
     def handed_over(self, message_ids: Iterable[str]) -> None:
@@ -740,6 +741,7 @@ class SimpleBatchingClient:
         could not be handed over: still queued, or in a request that did not end. They are logged by ID.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
         with self._condition:
             self._closing = True
             self._hurry.set()
@@ -760,7 +762,7 @@ class SimpleBatchingClient:
 
 def _rest(deadline: float | None) -> float:
     """Seconds until the deadline, and a little more when it is close or past."""
-    return GRACE if deadline is None else max(GRACE, deadline - time.monotonic())
+    return GRACE if deadline is None else min(max(GRACE, deadline - time.monotonic()), LONGEST_WAIT)
 
 
 def _persist(change: Callable[[], Any], hurry: threading.Event) -> Any:
@@ -785,7 +787,7 @@ def _update_all(
     if hasattr(repository, "update_all"):
         try:
             failures.update(_persist(lambda: repository.update_all(updates), hurry))
-        except RepositoryUnavailableError as error:
+        except Exception as error:  # whatever it is, each of them gets to know
             failures.update(dict.fromkeys(updates, error))
         return failures
     for message_id, status in updates.items():
@@ -915,12 +917,12 @@ class SmsProxy:
         """Starts to follow delivery reports, and queues again what an earlier process left in the outbox."""
         if self._started:
             return
-        self._started = True
         self._error_log.start()
         self._updater.start()
         if self.durable:
             restored = self._batching.restore(self._repository.outbox())  # type: ignore[attr-defined]
             log.info("queued %d messages again that were accepted before and not handed over", restored)
+        self._started = True
 
     def send(self, message: SendMessage, idempotency_key: str | None = None) -> SendingResult:
         """Accepts a message; blocks for the repository only.
@@ -986,12 +988,18 @@ class SmsProxy:
         deadline = None if timeout is None else time.monotonic() + timeout
         left = self._batching.stop(timeout)
         # In a thread of its own: a client that hangs must not hold up the end.
-        closing = threading.Thread(target=self._client.stop, name="smsproxy-closer-1", daemon=True)
+        closing = threading.Thread(target=self._stop_client, name="smsproxy-closer-1", daemon=True)
         closing.start()
         closing.join(_rest(deadline))
         self._updater.stop(_rest(deadline))
         self._error_log.stop(_rest(deadline))
         return left
+
+    def _stop_client(self) -> None:
+        try:
+            self._client.stop()
+        except Exception as error:  # it is the end all the same
+            log.error("the client did not stop well: %s", _reason(error, ()))
 
     def _identify(self, message: SendMessage, key: str | None) -> tuple[str, bytes | None]:
         """The ID, and the fingerprint that tells a repeat from another message under the same key.
@@ -999,6 +1007,8 @@ class SmsProxy:
         A key stands for its ID by a hash, so it is remembered wherever and as long as the message is.
         """
         _validate(message)
+        if self.durable and not self._started:  # what is saved now would be restored, too
+            raise ClosedError("not started yet")
         if key is None:
             return self._generate_id(), None
         message_id = uuid.UUID(bytes=hashlib.sha256(key.encode()).digest()[:16], version=4)

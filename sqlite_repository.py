@@ -105,10 +105,10 @@ class SqliteRepository:
         for failure in self.update_all({message_id: status}).values():
             raise failure
 
-    def update_all(self, updates: Mapping[str, MessageStatus]) -> dict[str, SmsProxyError]:
+    def update_all(self, updates: Mapping[str, MessageStatus]) -> dict[str, Exception]:
         """Applies the updates in one transaction; returns why some could not be. Numbers and texts go."""
 
-        def change(db: sqlite3.Connection) -> dict[str, SmsProxyError]:
+        def change(db: sqlite3.Connection) -> dict[str, Exception]:
             now, failures = self._clock(), {}
             for message_id, status in updates.items():
                 final_at = now if status in FINAL_STATUSES else None
@@ -116,16 +116,16 @@ class SqliteRepository:
                     "UPDATE message SET status = ?, final_at = ?, phone_number = NULL, content = NULL"
                     f" WHERE id = ? AND status IN ({_FROM[status]})"
                 )
-                if not db.execute(sql, (status.value, final_at, message_id)).rowcount:
-                    try:
+                try:
+                    if not db.execute(sql, (status.value, final_at, message_id)).rowcount:
                         check_transition(message_id, self._status(db, message_id), status)
-                    except SmsProxyError as refusal:
-                        failures[message_id] = refusal
-                elif final_at is not None and self._purge_at is None and self._retention:
+                except (SmsProxyError, ValueError, sqlite3.InterfaceError, sqlite3.ProgrammingError) as refusal:
+                    failures[message_id] = refusal  # the last three: not what an ID can be
+                if final_at is not None and self._purge_at is None and self._retention:
                     self._purge_at = final_at + self._retention
             return failures
 
-        failures: dict[str, SmsProxyError] = self._submit(change).result()
+        failures: dict[str, Exception] = self._submit(change).result()
         return failures
 
     def handed_over(self, message_ids: Iterable[str]) -> None:
@@ -142,7 +142,8 @@ class SqliteRepository:
 
     def check(self) -> None:
         """Writes to the file; raises `RepositoryUnavailableError` if that fails or the writer hangs."""
-        done = self._submit(lambda db: db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}") and None)
+        sql = f"PRAGMA user_version = {len(MIGRATIONS)}"
+        done = self._submit(lambda db: db.execute(sql) and None, block=False)
         try:
             done.result(2 * BUSY_TIMEOUT)
         except TimeoutError:
@@ -285,7 +286,11 @@ class SqliteRepository:
             try:
                 self._commit(group)
                 if self._purge_at is not None and self._clock() >= self._purge_at:
-                    self._commit([(self._purge, Future())])
+                    done: Future[float | None] = Future()
+                    self._purge_at = self._clock() + PURGE_RETRY  # should this fail
+                    self._commit([(self._purge, done)])
+                    if done.exception() is None:
+                        self._purge_at = done.result()
             except Exception:
                 log.exception("the writer goes on after an error")
 
@@ -333,9 +338,9 @@ class SqliteRepository:
                 call()
             return
 
-    def _purge(self, db: sqlite3.Connection) -> None:
-        self._purge_at = self._clock() + PURGE_RETRY  # should this fail
+    def _purge(self, db: sqlite3.Connection) -> float | None:
+        """Forgets a few; returns when the next are due."""
         sql = "DELETE FROM message WHERE seq IN (SELECT seq FROM message WHERE final_at <= ? ORDER BY final_at LIMIT ?)"
         db.execute(sql, (self._clock() - self._retention, PURGE_STEP))
         oldest = db.execute("SELECT min(final_at) FROM message WHERE final_at IS NOT NULL").fetchone()[0]
-        self._purge_at = None if oldest is None else oldest + self._retention
+        return None if oldest is None else oldest + self._retention

@@ -469,7 +469,7 @@ def test_with_max_delay_zero_no_message_lingers() -> None:
 
 def test_a_linger_longer_than_threads_can_wait_is_no_error() -> None:
     provider = Recorder()
-    with batching(provider, batch_size=2, max_delay=1e300, senders=1) as client:
+    with batching(provider, batch_size=2, max_delay=1e12, senders=1) as client:
         send(client, "a")
         send(client, "b")
         provider.wait_for(lambda batches: len(batches) == 1)

@@ -204,6 +204,7 @@ class ClockedServer(EchoServer):
     """A front whose clock stands still until a test moves it."""
 
     time = 1000.0
+    ticks = 0  # how often the loop has read the time
 
     @property
     def now(self) -> float:
@@ -212,11 +213,20 @@ class ClockedServer(EchoServer):
     @now.setter
     def now(self, value: float) -> None:
         """The loop's own reading of the time is ignored."""
+        self.ticks += 1
 
     def advance(self, seconds: float) -> None:
         self.settle()  # or a deadline that the loop is about to set would count from the new time
         self.time += seconds
         self.settle()
+
+    def rests(self) -> bool:
+        """Whether the loop does nothing but what it is asked to."""
+        self.settle()
+        before = self.ticks
+        for _ in range(50):
+            self.settle()
+        return self.ticks - before <= 50 * 3 * 2  # turns of the loop in settle; readings of the time in a turn
 
 
 @dataclass(frozen=True)
@@ -1228,6 +1238,37 @@ def test_a_connection_that_went_leaves_its_place(leave: Callable[[Client], objec
         assert server.client().works()
 
 
+STALLED = [
+    pytest.param(lambda c: c, id="idle"),
+    pytest.param(lambda c: c.send(PROBE[:-1]), id="half a head"),
+    pytest.param(lambda c: c.send(b"garbage\r\n\r\n"), id="refused"),
+    pytest.param(lambda c: c.send(b"garbage\r\n\r\n").end(), id="refused and ended"),
+    pytest.param(lambda c: c.send(req("GET /later HTTP/1.1")), id="deferred"),
+    pytest.param(lambda c: c.send(req("GET /later HTTP/1.1")).end(), id="deferred and ended"),
+    pytest.param(lambda c: c.send(req("GET /later HTTP/1.1")).reset(), id="deferred and reset"),
+    pytest.param(lambda c: c.send(req("GET /later HTTP/1.1")).end().reset(), id="deferred, ended and reset"),
+    pytest.param(lambda c: c.send(req("GET /later HTTP/1.1") + PROBE * 8000).end(), id="more than is read ahead"),
+    pytest.param(lambda c: c.send(req("GET /large HTTP/1.1")), id="not reading"),
+    pytest.param(lambda c: c.send(req("GET /large HTTP/1.1")).end(), id="not reading and ended"),
+    pytest.param(lambda c: c.send(req("GET /large HTTP/1.1")).reset(), id="not reading and reset"),
+]
+
+
+@pytest.mark.parametrize("stall", STALLED)
+def test_a_stalled_connection_does_not_keep_the_loop_busy(
+    clocked: ClockedServer, stall: Callable[[Client], object]
+) -> None:
+    stall(clocked.client(SMALL_BUFFER))
+    assert clocked.rests()
+
+
+def test_waiting_connections_at_the_limit_do_not_keep_the_loop_busy() -> None:
+    with front(Limits(connections=1), ClockedServer) as server:
+        server.client().works()
+        server.client().send(PROBE)
+        assert server.rests()
+
+
 # Out of resources
 
 
@@ -1561,7 +1602,9 @@ def test_those_who_connected_before_the_shutdown_are_served(clocked: ClockedServ
 
 def test_shutdown_at_the_connection_limit_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
     with front(Limits(connections=2), ClockedServer) as server:
-        server.client().send(req("GET /holds HTTP/1.1") + PROBE[:-1])
+        first = server.client()
+        assert first.works()
+        first.send(req("GET /holds HTTP/1.1") + PROBE[:-1])
         assert server.held.wait(HANG)
         server.shutdown(LONG_TIME)  # the loop finds this call and the second connection in the same turn
         second = server.client().send(PROBE[:-1])
@@ -1638,6 +1681,13 @@ def test_a_future_that_fails_with_a_refusal_is_that_refusal(server: EchoServer) 
     server.pending.get(timeout=HANG).set_exception(HttpError(409, "no", {"X-Reason": "busy"}))
     answer = client.answer()
     assert (answer.status, answer.doc, answer.headers["x-reason"]) == (409, {"Error": "no"}, "busy")
+
+
+def test_a_future_that_fails_with_an_exit_does_not_end_the_loop(server: EchoServer) -> None:
+    client = server.client().send(req("GET /later HTTP/1.1"))
+    server.pending.get(timeout=HANG).set_exception(SystemExit(1))  # as of a thread that called sys.exit()
+    assert client.answer().status == 500
+    assert server.client().works()
 
 
 def test_an_error_of_the_domain_is_translated(server: EchoServer, caplog: pytest.LogCaptureFixture) -> None:

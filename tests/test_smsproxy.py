@@ -294,7 +294,7 @@ def test_some_settings_may_be_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_delay", "backoff_base", "backoff_max", "max_age"])
-@pytest.mark.parametrize("value", [0, 0.0, 1, 1e-9, 1e300])
+@pytest.mark.parametrize("value", [0, 0.0, 1, 1e-9, 1e12])
 def test_times_may_be_any_number_from_zero_up(name: str, value: float) -> None:
     settings: dict[str, Any] = {name: value}
     assert getattr(SmsProxyConfig(**settings), name) == value
