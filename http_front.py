@@ -110,7 +110,7 @@ class FrontHandler(BaseHTTPRequestHandler):
     def check(self) -> None:
         """Raises `HttpError` when the head alone settles the answer. Runs again once the body is in."""
 
-    def translate(self, error: Exception) -> HttpError | None:
+    def translate(self, error: BaseException) -> HttpError | None:
         """The refusal that stands for an exception of a `do_` method; None makes it a 500."""
         return error if isinstance(error, HttpError) else None
 
@@ -302,14 +302,14 @@ class FrontHandler(BaseHTTPRequestHandler):
             call()
             if self._length is not None and not self._busy:
                 raise RuntimeError("the handler gave no answer")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a Future may bring the exit of another thread
             if self._length is None:  # it has answered: a second answer would pass for the next request's
                 log.error("%s %s failed after its answer", self.command, self._shown, exc_info=error)
                 self.drop("internal error")
             else:
                 self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         refusal = self.translate(error)
         if refusal is None:
             log.error("%s %s failed", self.command, self._shown, exc_info=error)

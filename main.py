@@ -104,7 +104,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[str], Any], str | None, str], ...]] 
         ("retention", number(float, 0), f"{RETENTION:g}", "seconds to remember a final status; 0 keeps it for ever"),
     ),
     "running": (
-        ("drain-timeout", number(float, 0), "10", "seconds to hand over what is pending when told to stop"),
+        ("drain-timeout", number(float, 0, 1e9), "10", "seconds to hand over what is pending when told to stop"),
         ("log-level", choice("debug", "info", "warning", "error"), "info", "least level that is logged"),
         ("log-format", choice("text", "json"), "text", "text for people, json for machines"),
     ),

@@ -32,7 +32,7 @@ ROUTES = {
     "*": ("GET", "HEAD", "POST"),
 }
 FIELDS = {"phone_number": "PhoneNumber", "message": "Content"}  # the domain's names and ours
-REFUSALS: dict[type[Exception], tuple[int, int | None]] = {  # error of the domain → status, seconds to wait before another try
+REFUSALS: dict[type[BaseException], tuple[int, int | None]] = {  # error of the domain → status, seconds to wait before another try
     IdempotencyError: (HTTPStatus.UNPROCESSABLE_ENTITY, None),
     OverloadedError: (HTTPStatus.SERVICE_UNAVAILABLE, 1),
     RepositoryUnavailableError: (HTTPStatus.SERVICE_UNAVAILABLE, 5),
@@ -91,7 +91,7 @@ class SmsHandler(FrontHandler):
             raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command} is not allowed here", allow)
         self._methods = methods
 
-    def translate(self, error: Exception) -> HttpError | None:
+    def translate(self, error: BaseException) -> HttpError | None:
         """The answer to an error of the domain."""
         if isinstance(error, ValidationError):
             return HttpError(HTTPStatus.BAD_REQUEST, f"{FIELDS.get(error.field, error.field)} {error.problem}")

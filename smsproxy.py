@@ -13,6 +13,7 @@ import logging
 import math
 import queue
 import random
+import sys
 import threading
 import time
 import traceback
@@ -42,7 +43,6 @@ RESULTS_WAITING = 1_000  # results a slow statistics sink may be behind before t
 UPDATES_WAITING = 10_000  # delivery reports the provider may be ahead of us before it has to wait
 ERRORS_WAITING = 1_000  # failed updates kept for whoever reads `StatusUpdater.errors`
 LONGEST_WAIT = 3_600.0  # seconds; bounds what a provider can ask for with `retry_after`
-LONGEST_TIME = 1e12  # seconds; what a setting can be, and floats still count whole
 GRACE = 1.0  # seconds that the last steps of a stop get even when its deadline has passed
 RETENTION = 3 * 24 * 3600.0  # seconds
 
@@ -203,8 +203,8 @@ class SmsProxyConfig:
             raise ValidationError(name, "must be a whole number" if whole else "must be a number")
         if name in ("senders", "max_pending") and value < 1:
             raise ValidationError(name, "must be at least 1")
-        if not whole and not 0 <= value <= LONGEST_TIME:
-            raise ValidationError(name, f"must be 0 to {LONGEST_TIME:g} seconds")
+        if not whole and not 0 <= value <= sys.float_info.max:
+            raise ValidationError(name, "must be a finite number of seconds, not negative")
 
 
 # Repositories
@@ -410,9 +410,14 @@ class _Worker:
             self._thread.start()
 
     @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._thread.is_alive()
+
+    @property
     def dead(self) -> bool:
         """Whether it was started and runs no more."""
-        return self._thread.ident is not None and not self._thread.is_alive()
+        return self._thread.ident is not None and not self.alive
 
     def stop(self, timeout: float | None) -> bool:
         """Lets the thread finish what is in the queue; False if it did not in `timeout` seconds."""
@@ -440,8 +445,9 @@ class SimpleBatchingClient:
     A batch is cut late, when a sender is free to carry it: once `batch_size` messages are pending, or
     the oldest has lingered for `max_delay`, or a flush or stop is under way. It then takes up to
     `max_batch_size`, so that batches grow while every sender is busy. `statistics` gets one
-    `ClientResult` per batch from a thread of its own, and only ever delays itself. `clock` (seconds)
-    and `rng` (uniform in 0..1) are there for tests.
+    `ClientResult` per batch from a thread of its own, and only ever delays itself. `settle` is called
+    before a batch is marked `FAILED`, so that delivery reports received before can be applied first.
+    `clock` (seconds) and `rng` (uniform in 0..1) are there for tests.
     """
 
     def __init__(
@@ -452,13 +458,14 @@ class SimpleBatchingClient:
         statistics: Any = None,
         *,
         metrics: Metrics | None = None,
+        settle: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rng: Callable[[], float] = random.random,
     ) -> None:
         self._repository, self._client, self._config = repository, client, config
         self._durable = hasattr(repository, "outbox")
         self._metrics = metrics or Metrics()
-        self._clock, self._rng = clock, rng
+        self._settle, self._clock, self._rng = settle, clock, rng
         # Guards everything below. Senders wait on it for a batch, `stop` for the last one to end.
         self._condition = threading.Condition(threading.Lock())
         self._fifo: deque[tuple[float, Message]] = deque()  # time of acceptance, message
@@ -692,6 +699,7 @@ class SimpleBatchingClient:
         if why != "expired":
             self._metrics.add("smsproxy_batches_total", "given_up")
         self._metrics.add("smsproxy_messages_given_up_total", why, len(messages))
+        self._settle()
         updates = dict.fromkeys((message.message_id for message in messages), MessageStatus.FAILED)
         failures = _update_all(self._repository, updates, self._hurry)
         self._metrics.add("smsproxy_messages_final_total", "FAILED", len(messages) - len(failures))
@@ -846,7 +854,17 @@ class StatusUpdater:
         """Whether the thread was started and runs no more."""
         return self._worker.dead
 
-    def _apply(self, reports: Mapping[str, object]) -> None:
+    def settle(self) -> None:
+        """Blocks until what is in `updates` now is applied, for a second at most."""
+        marker = threading.Event()
+        with contextlib.suppress(queue.Full):  # it hangs: then nothing is to be waited for
+            self.updates.put_nowait(marker)  # type: ignore[arg-type]
+            marker.wait(GRACE if self._worker.alive else 0.0)
+
+    def _apply(self, reports: Mapping[str, object] | threading.Event) -> None:
+        if isinstance(reports, threading.Event):
+            reports.set()
+            return
         updates: dict[str, MessageStatus] = {}
         for message_id, status in reports.items():
             try:
@@ -896,10 +914,10 @@ class SmsProxy:
         self._client = client
         self._repository = InMemoryRepository() if repository is None else repository
         self._generate_id = generate_id
-        self._batching = SimpleBatchingClient(
-            self._repository, client, config, self.statistics, metrics=self.metrics
-        )
         self._updater = StatusUpdater(self._repository, metrics=self.metrics)
+        self._batching = SimpleBatchingClient(
+            self._repository, client, config, self.statistics, metrics=self.metrics, settle=self._updater.settle
+        )
         self._error_log = _Worker("errors", self._updater.errors, self._log_error)
         self._started = False
         self.slow = bool(getattr(self._repository, "slow", False))  # its methods may block for long

@@ -109,7 +109,8 @@ class SqliteRepository:
         """Applies the updates in one transaction; returns why some could not be. Numbers and texts go."""
 
         def change(db: sqlite3.Connection) -> dict[str, Exception]:
-            now, failures = self._clock(), {}
+            now = self._clock()
+            failures: dict[str, Exception] = {}
             for message_id, status in updates.items():
                 final_at = now if status in FINAL_STATUSES else None
                 sql = (

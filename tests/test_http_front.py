@@ -222,7 +222,8 @@ class ClockedServer(EchoServer):
 
     def rests(self) -> bool:
         """Whether the loop does nothing but what it is asked to."""
-        self.settle()
+        for _ in range(50):  # until what was sent has been read as far as it will be
+            self.settle()
         before = self.ticks
         for _ in range(50):
             self.settle()
@@ -557,7 +558,7 @@ LENGTHS = [  # RFC 9112, 6.3; RFC 9110, 8.6
     good("body", post(b"12345")),
     good("empty body", post(b"")),
     good("leading zeros", req("POST /echo HTTP/1.1", "Content-Length: 0005", body=b"12345")),
-    good("thousands of leading zeros", req("POST /echo HTTP/1.1", "Content-Length: " + "0" * 9000 + "5", body=b"12345")),
+    good("thousands of leading zeros", req("POST /echo HTTP/1.1", f"Content-Length: {'0' * 9000}5", body=b"12345")),
     good("blanks around the length", req("POST /echo HTTP/1.1", "Content-Length: \t5 ", body=b"12345")),
     good("body of a GET", req("GET /echo HTTP/1.1", "Content-Length: 5", body=b"12345")),
     good("body of a wrong path", req("POST /nothing HTTP/1.1", "Content-Length: 5", body=b"12345"), 404),
@@ -589,7 +590,7 @@ LENGTHS = [  # RFC 9112, 6.3; RFC 9110, 8.6
     ],
     bad("two equal lengths", req("POST /echo HTTP/1.1", "Content-Length: 5", "Content-Length: 5", body=b"12345")),
     bad("two different lengths", req("POST /echo HTTP/1.1", "Content-Length: 5", "Content-Length: 6", body=b"123456")),
-    bad("second length in other letters", req("POST /echo HTTP/1.1", "Content-Length: 0", "content-length: 5", body=b"12345")),
+    bad("second length in other letters", req("POST /echo HTTP/1.1", "Content-Length: 0", "content-length: 5")),
     bad("bad length of a GET", req("GET /echo HTTP/1.1", "Content-Length: -1")),
     bad("length with an underscored name", req("POST /echo HTTP/1.1", "Content_Length: 5", body=b"12345"), 411),
     bad("body over 64 KiB", req("POST /echo HTTP/1.1", "Content-Length: 65537"), 413),
@@ -612,7 +613,7 @@ CODINGS = [  # RFC 9112, 6.1 and 6.3
     bad("vertical tab before chunked", req("POST /echo HTTP/1.1", "Transfer-Encoding: \x0bchunked", body=CHUNK)),
     bad("coding and length", req("POST /echo HTTP/1.1", "Transfer-Encoding: chunked", "Content-Length: 5", body=CHUNK)),
     bad("length and coding", req("POST /echo HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked", body=CHUNK)),
-    bad("length and another coding", req("POST /echo HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: x", body=CHUNK)),
+    bad("length and another coding", req("POST /echo HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: x")),
     bad("chunked on HTTP/1.0", req("POST /echo HTTP/1.0", "Transfer-Encoding: chunked", body=CHUNK)),
 ]
 CONNECTIONS = [  # RFC 9112, 9.3 and 9.6; RFC 9110, 10.1.1

@@ -849,9 +849,14 @@ def unavailable(*reasons: str) -> tuple[int, Any]:
     return 503, {"Status": "UNAVAILABLE", "Reasons": list(reasons)}
 
 
-def join(name: str) -> None:
-    """Waits for the end of a thread, if it is still there."""
-    for thread in threading.enumerate():
+@pytest.fixture(name="others")
+def threads_of_other_tests() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def join(name: str, others: set[threading.Thread]) -> None:
+    """Waits for the end of this test's threads of that name, if they are still there."""
+    for thread in set(threading.enumerate()) - others:
         if thread.name.startswith(name):
             thread.join(HANG)
             assert not thread.is_alive()
@@ -911,16 +916,16 @@ def test_a_message_that_may_linger_for_ever_is_healthy() -> None:
         assert health(server) == (200, {"Status": "OK"})
 
 
-def test_a_dead_status_updater_is_unhealthy() -> None:
+def test_a_dead_status_updater_is_unhealthy(others: set[threading.Thread]) -> None:
     client = Recorder()
     with service(client) as server:
         client.subscribers[0].put(None)  # the provider says that no more will come
-        join("smsproxy-updater")
+        join("smsproxy-updater", others)
         assert health(server) == unavailable("the status updater is dead")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_sender_is_unhealthy() -> None:
+def test_a_dead_sender_is_unhealthy(others: set[threading.Thread]) -> None:
     class Deadly(InMemoryRepository):
         def update(self, message_id: str, status: MessageStatus) -> None:
             raise SystemExit
@@ -929,13 +934,13 @@ def test_a_dead_sender_is_unhealthy() -> None:
     proxy.start()
     with serving(proxy) as server:
         request(server, "POST", "/sms", GOOD)
-        join("smsproxy-sender")
+        join("smsproxy-sender", others)
         assert health(server) == unavailable("a sender thread is dead")
     assert proxy.stop(0.0) == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_statistics_thread_is_unhealthy() -> None:
+def test_a_dead_statistics_thread_is_unhealthy(others: set[threading.Thread]) -> None:
     class Deadly:
         def send(self, result: object) -> None:
             raise SystemExit
@@ -944,7 +949,7 @@ def test_a_dead_statistics_thread_is_unhealthy() -> None:
     with service(client, SINGLY, statistics=Deadly()) as server:
         request(server, "POST", "/sms", GOOD)
         client.wait_for(lambda batches: len(batches) == 1)
-        join("smsproxy-statistics")
+        join("smsproxy-statistics", others)
         assert health(server) == unavailable("the statistics thread is dead")
 
 

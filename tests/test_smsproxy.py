@@ -667,7 +667,7 @@ def test_junk_does_not_end_the_updater(junk: Any) -> None:
 def test_none_ends_the_updater() -> None:
     repository = repository_of("a")
     updater = updater_of(repository, None, {"a": "DELIVERED"})
-    assert (updater.dead, repository.get("a"), updater.updates.qsize()) == (True, ACCEPTED, 1)
+    assert (updater.dead, repository.get("a"), updater.updates.get_nowait()) == (True, ACCEPTED, {"a": "DELIVERED"})
 
 
 def test_errors_are_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1201,9 +1201,9 @@ def test_a_report_received_before_the_provider_refused_is_not_lost(late: str) ->
             raise RejectedError("answered too late")
 
     proxy = SmsProxy(Late(), ONE_BY_ONE, statistics=Sink())
-    message_id = proxy.send(HELLO).id
-    results.get(timeout=HANG)  # the batch is given up before the updater comes to the report
     proxy.start()
+    message_id = proxy.send(HELLO).id
+    results.get(timeout=HANG)
     proxy.stop(HANG)
     assert proxy.get_status(message_id) is {"DELIVERED": DELIVERED, "CONFIRMED": FAILED}[late]
 
@@ -1306,9 +1306,10 @@ def test_a_stopped_proxy_says_only_that_it_is_shutting_down() -> None:
 
 def test_an_updater_that_ended_early_is_unhealthy() -> None:
     provider = Recorder()
+    others = set(threading.enumerate())
     with SmsProxy(provider) as proxy:
         provider.report(None)  # type: ignore[arg-type]
-        [updater] = [thread for thread in threading.enumerate() if thread.name == "smsproxy-updater-1"]
+        [updater] = [thread for thread in set(threading.enumerate()) - others if thread.name == "smsproxy-updater-1"]
         updater.join(HANG)
         assert proxy.health() == ["the status updater is dead"]
 
