@@ -192,7 +192,7 @@ def _exposition(proxy: SmsProxy, answers: Mapping[int, int]) -> str:
     """Prometheus text format 0.0.4."""
     values: dict[tuple[str, str | float], float] = {(name, ""): value for name, value in proxy.gauges().items()}
     values.update(proxy.metrics.counts())
-    values.update({("smsproxy_http_responses_total", str(code)): count for code, count in answers.items()})
+    values.update({("smsproxy_http_responses_total", str(int(code))): count for code, count in answers.items()})
     lines = []
     for name, kind, label, text in METRICS:
         lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]

@@ -6,6 +6,7 @@ connections of their own, which in WAL mode never wait for the writer.
 """
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -146,8 +147,8 @@ class SqliteRepository:
         sql = f"PRAGMA user_version = {len(MIGRATIONS)}"
         done = self._submit(lambda db: db.execute(sql) and None, block=False)
         try:
-            done.result(2 * BUSY_TIMEOUT)
-        except TimeoutError:
+            done.result(BUSY_TIMEOUT + 1.0)
+        except concurrent.futures.TimeoutError:  # not yet the builtin one in Python 3.10
             raise RepositoryUnavailableError(f"{self._path}: the writer does not answer") from None
 
     def close(self) -> None:

@@ -481,16 +481,19 @@ def test_what_is_below_the_level_is_not_logged(
 
 
 class Listening(logging.Handler):
-    """Hands the port that is logged to whoever waits for it."""
+    """Hands the port that is logged to whoever waits for it, and tells when the end has begun."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ports: queue.Queue[int] = queue.Queue()
+        self.stopping = threading.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         found = re.search(r"listening on \S+ port (\d+)", record.getMessage())
         if found:
             self.ports.put(int(found[1]))
+        elif record.getMessage().startswith("stopping"):
+            self.stopping.set()
 
 
 def call(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
@@ -505,7 +508,9 @@ def call(port: int, method: str, path: str, body: Any = None, headers: dict[str,
         connection.close()
 
 
-def life(clients: Callable[[int], None], *argv: str, number: int = signal.SIGTERM) -> int:
+def life(
+    clients: Callable[[int], None], *argv: str, number: int = signal.SIGTERM, to_its_thread: bool = True
+) -> int:
     """The command on a free port, with clients that are done when the signal comes; its exit code."""
     listening = Listening()
     logger = logging.getLogger("smsproxy.main")
@@ -519,7 +524,10 @@ def life(clients: Callable[[int], None], *argv: str, number: int = signal.SIGTER
             clients(port)
         except BaseException as error:
             errors.append(error)
-        signal.pthread_kill(threading.main_thread().ident or 0, number)
+        signal.pthread_kill((threading.main_thread() if to_its_thread else thread).ident or 0, number)
+        if not listening.stopping.wait(HANG):
+            errors.append(AssertionError("the signal was not seen"))
+            call(port, "GET", "/healthz")  # wakes it
 
     thread = threading.Thread(target=outside)
     logger.addHandler(listening)
@@ -542,6 +550,18 @@ def test_a_signal_drains_and_ends_with_0(number: int, capsys: pytest.CaptureFixt
 
     assert life(clients, "--max-delay", "none", number=number) == 0
     assert "handed over 3 messages at attempt 1" in capsys.readouterr().err
+
+
+def test_a_signal_that_the_system_gives_to_another_thread_ends_it_too() -> None:
+    with contextlib.ExitStack() as stack:
+
+        def clients(port: int) -> None:
+            held = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG)
+            stack.callback(held.close)  # only later: nothing but the signal is to wake the loop
+            held.request("GET", "/healthz")
+            assert held.getresponse().read() == b'{"Status": "OK"}'
+
+        assert life(clients, to_its_thread=False) == 0
 
 
 def test_the_flags_reach_the_service(keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1187,25 +1187,57 @@ def test_a_busy_run_logs_neither_numbers_nor_texts(caplog: pytest.LogCaptureFixt
     assert [secret for secret in secrets if secret in caplog.text] == []
 
 
-@pytest.mark.parametrize("late", ["DELIVERED", "CONFIRMED"])
-def test_a_report_received_before_the_provider_refused_is_not_lost(late: str) -> None:
+def test_a_report_received_before_the_provider_refused_is_not_overtaken_by_giving_up() -> None:
+    class Slow(InMemoryRepository):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gave_up = threading.Event()
+
+        def update(self, message_id: str, status: MessageStatus) -> None:
+            if status is FAILED:
+                self.gave_up.set()
+            elif status is DELIVERED:
+                self.gave_up.wait(0.05)  # long enough for whoever does not wait for this report
+            super().update(message_id, status)
+
+    class Late(Recorder):
+        def send(self, messages: Sequence[Message]) -> None:
+            self.report({messages[0].message_id: "DELIVERED"})
+            raise RejectedError("answered too late")
+
+    with SmsProxy(Late(), ONE_BY_ONE, repository=Slow()) as proxy:
+        message_id = proxy.send(HELLO).id
+    assert proxy.get_status(message_id) is DELIVERED
+
+
+def test_giving_up_does_not_wait_for_an_updater_that_hangs(no_grace: None) -> None:
+    entered, opened = threading.Event(), threading.Event()
+
+    class Stuck(InMemoryRepository):
+        def update(self, message_id: str, status: MessageStatus) -> None:
+            if status is DELIVERED:
+                entered.set()
+                opened.wait(HANG)
+            super().update(message_id, status)
+
     results: queue.Queue[ClientResult] = queue.Queue()
 
     class Sink:
         def send(self, result: ClientResult) -> None:
             results.put(result)
 
-    class Late(Recorder):
-        def send(self, messages: Sequence[Message]) -> None:
-            self.report({messages[0].message_id: late})
-            raise RejectedError("answered too late")
-
-    proxy = SmsProxy(Late(), ONE_BY_ONE, statistics=Sink())
-    proxy.start()
-    message_id = proxy.send(HELLO).id
-    results.get(timeout=HANG)
-    proxy.stop(HANG)
-    assert proxy.get_status(message_id) is {"DELIVERED": DELIVERED, "CONFIRMED": FAILED}[late]
+    provider = Scripted(RejectedError("no"))
+    proxy = SmsProxy(provider, ONE_BY_ONE, repository=Stuck(), statistics=Sink())
+    try:
+        proxy.start()
+        provider.report({"another": "DELIVERED"})
+        assert entered.wait(HANG)
+        message_id = proxy.send(HELLO).id
+        results.get(timeout=HANG)
+        assert proxy.get_status(message_id) is FAILED
+    finally:
+        opened.set()
+        proxy.stop(HANG)
 
 
 # The facade: durable
