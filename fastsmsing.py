@@ -63,6 +63,9 @@ class FastSmsingClient(Protocol):
         """Puts every later delivery report into `updates` as a mapping of message ID to status.
 
         `None` says that no more will come. The queue is bounded, so putting may block for a while.
+        `updates.join()` returns once all that was put is applied, in durable mode on disk: to lose no
+        report in a crash, acknowledge it to FastSMSing after that. A mapping has one status per
+        message, so a later report on the same message belongs into a mapping of its own.
         """
 
     def stop(self) -> None:

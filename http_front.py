@@ -527,6 +527,11 @@ class FrontServer(HTTPServer):
             with contextlib.suppress(OSError):  # the loop is over, and nobody waits for the answer
                 self._waker.send(b"\0")
 
+    @property
+    def wakeup_fd(self) -> int:
+        """Whatever is written here wakes the loop; for `signal.set_wakeup_fd`."""
+        return self._waker.fileno()
+
     def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
         """Runs work that may block in one of a few threads; for `FrontHandler.defer`."""
         return self._workers.submit(work, *args)

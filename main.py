@@ -226,6 +226,7 @@ def run(options: argparse.Namespace) -> int:
         limits = Limits(connections=options.max_connections)
         server = SmsServer((options.host, options.port), proxy, limits=limits, api_keys=options.api_keys)
         undo.callback(server.server_close)
+        undo.callback(signal.set_wakeup_fd, -1)
         deadline = _until_signal(server, options.drain_timeout)
         proxy.start()
         server.listen()
@@ -253,6 +254,8 @@ def _until_signal(server: SmsServer, drain_timeout: float) -> Callable[[], float
         deadlines.append(time.monotonic() + drain_timeout)
         server.shutdown(drain_timeout)
 
+    # The system may give the signal to a thread other than the loop's, which would sleep on.
+    signal.set_wakeup_fd(server.wakeup_fd, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     return lambda: deadlines[0]

@@ -428,12 +428,18 @@ class _Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while (item := self._inbox.get()) is not None:
+        while True:
+            item = self._inbox.get()
             try:
+                if item is None:
+                    return
                 self._handle(item)
             except Exception as error:  # its text could hold a phone number
-                where = traceback.extract_tb(error.__traceback__)[-1]
-                log.error("%s goes on after a %s at %s:%d", self._thread.name, type(error).__name__, where.filename, where.lineno)
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                kind = type(error).__name__
+                log.error("%s goes on after a %s at %s:%d", self._thread.name, kind, at.filename, at.lineno)
+            finally:
+                self._inbox.task_done()
 
 
 # Batching

@@ -550,10 +550,13 @@ def test_messages_that_do_not_complete_a_batch_wake_nobody() -> None:
 
 
 def test_one_sender_watches_the_linger_and_the_others_sleep() -> None:
-    provider, condition, clock = Recorder(), Watched(), Clock()
-    options: dict[str, Any] = {"batch_size": 100, "max_delay": 5.0, "senders": 4}
-    with batching(provider, condition=condition, clock=clock, **options) as client:
-        send(client, *names(50))
+    gate, condition, clock = Gate(), Watched(), Clock()
+    options: dict[str, Any] = {"batch_size": 2, "max_delay": 5.0, "senders": 4}
+    with batching(gate, condition=condition, clock=clock, **options) as client, opening(gate.opened):
+        send(client, *names(8))
+        gate.wait_entered(4)
+        send(client, "lingering")
+        gate.opened.set()
         assert condition.settled(4) == [5.0, None, None, None]
 
 

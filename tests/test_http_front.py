@@ -227,7 +227,7 @@ class ClockedServer(EchoServer):
         before = self.ticks
         for _ in range(50):
             self.settle()
-        return self.ticks - before <= 50 * 3 * 4  # turns in settle, readings of the time in a turn, and room: a busy loop makes thousands
+        return self.ticks - before <= 50 * 3 * 4  # with room: a busy loop makes thousands
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import logging
@@ -23,6 +24,7 @@ import pytest
 import main
 from fastsmsing import InMemoryClient
 from helpers import HANG
+from http_front import Limits
 from smsproxy import MessageStatus, SmsProxyConfig
 from sqlite_repository import SqliteRepository
 
@@ -552,12 +554,14 @@ def test_a_signal_drains_and_ends_with_0(number: int, capsys: pytest.CaptureFixt
     assert "handed over 3 messages at attempt 1" in capsys.readouterr().err
 
 
-def test_a_signal_that_the_system_gives_to_another_thread_ends_it_too() -> None:
+def test_a_signal_that_the_system_gives_to_another_thread_ends_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = functools.partial(Limits, read_timeout=10 * HANG, idle_timeout=10 * HANG)
+    monkeypatch.setattr(main, "Limits", patient)  # no deadline of the connection is to wake the loop
     with contextlib.ExitStack() as stack:
 
         def clients(port: int) -> None:
             held = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG)
-            stack.callback(held.close)  # only later: nothing but the signal is to wake the loop
+            stack.callback(held.close)  # only later, for the same reason
             held.request("GET", "/healthz")
             assert held.getresponse().read() == b'{"Status": "OK"}'
 

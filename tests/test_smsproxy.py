@@ -1320,6 +1320,18 @@ def test_a_message_before_the_start_is_refused_or_sent_once() -> None:
     assert provider.ids == accepted
 
 
+def test_updates_can_be_joined_until_they_are_applied() -> None:
+    repository = InMemoryRepository()
+    repository.save("a")
+    updater = StatusUpdater(repository)
+    updater.updates.put({"a": "CONFIRMED"})
+    updater.updates.put({"a": "DELIVERED"})
+    updater.start()
+    updater.updates.join()
+    assert repository.get("a") is DELIVERED
+    assert updater.stop(HANG)
+
+
 # The facade: health
 
 
