@@ -506,15 +506,18 @@ class TestGroups:
         assert kinds == [type(None), type(None), DuplicateMessageError, type(None)]
         assert (held.words.count("BEGIN"), outbox(repository)) == (2, ["first", "a", "b"])
 
-    def test_one_unusable_id_in_a_delivery_report_costs_only_itself(self, repository: SqliteRepository) -> None:
+    @pytest.mark.parametrize("bad", ["\ud800", ("x",), 2**70], ids=["surrogate", "tuple", "giant"])
+    def test_one_unusable_id_in_a_delivery_report_costs_only_itself(
+        self, repository: SqliteRepository, bad: Any
+    ) -> None:
         settle(later(repository, "a", "b"))
         updater = StatusUpdater(repository)
         updater.start()
-        updater.updates.put({"a": "CONFIRMED", "\ud800": "CONFIRMED", "b": "DELIVERED"})
+        updater.updates.put({"a": "CONFIRMED", bad: "CONFIRMED", "b": "DELIVERED"})
         assert updater.stop(HANG)
         assert (repository.get("a"), repository.get("b")) == (CONFIRMED, DELIVERED)
         errors = [updater.errors.get_nowait() for _ in range(updater.errors.qsize())]
-        assert [error.message_id for error in errors if error is not None] == ["\ud800"]
+        assert [error.message_id for error in errors if error is not None] == [bad]
 
     def test_a_delivery_report_is_applied_but_for_what_cannot_be(self, repository: SqliteRepository) -> None:
         settle(later(repository, "a", "b"))
