@@ -34,6 +34,7 @@ JOBS_WAITING = 10_000  # changes that may wait for the writer; then callers do
 GROUP = 1_000  # changes in one commit at most, so that none waits long for the others
 BUSY_TIMEOUT = 5.0  # seconds to wait while someone else, say a backup, holds the file's lock
 PURGE_STEP = 500  # messages forgotten in one transaction: a few milliseconds between two groups
+UNUSABLE = (ValueError, OverflowError, sqlite3.InterfaceError, sqlite3.ProgrammingError)  # for what no ID can be
 PURGE_RETRY = 60.0  # seconds until the next try to forget when the file could not be written
 # Each script leads from the schema version that is its index to the next one.
 MIGRATIONS = (
@@ -121,8 +122,8 @@ class SqliteRepository:
                 try:
                     if not db.execute(sql, (status.value, final_at, message_id)).rowcount:
                         check_transition(message_id, self._status(db, message_id), status)
-                except (SmsProxyError, ValueError, sqlite3.InterfaceError, sqlite3.ProgrammingError) as refusal:
-                    failures[message_id] = refusal  # the last three: not what an ID can be
+                except (SmsProxyError, *UNUSABLE) as refusal:
+                    failures[message_id] = refusal
                 if final_at is not None and self._purge_at is None and self._retention:
                     self._purge_at = final_at + self._retention
             return failures
