@@ -421,10 +421,11 @@ class _Worker:
 
     def stop(self, timeout: float | None) -> bool:
         """Lets the thread finish what is in the queue; False if it did not in `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         if self._thread.is_alive():
             with contextlib.suppress(queue.Full):  # it hangs, which the join will tell
                 self._inbox.put(None, timeout=timeout)
-            self._thread.join(timeout)
+            self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -925,6 +926,7 @@ class SmsProxy:
             self._repository, client, config, self.statistics, metrics=self.metrics, settle=self._updater.settle
         )
         self._error_log = _Worker("errors", self._updater.errors, self._log_error)
+        self._starting = threading.Lock()  # held for the whole start: two would send the outbox twice
         self._started = False
         self.slow = bool(getattr(self._repository, "slow", False))  # its methods may block for long
         self.durable = hasattr(self._repository, "outbox")
@@ -939,14 +941,15 @@ class SmsProxy:
 
     def start(self) -> None:
         """Starts to follow delivery reports, and queues again what an earlier process left in the outbox."""
-        if self._started:
-            return
-        self._error_log.start()
-        self._updater.start()
-        if self.durable:
-            restored = self._batching.restore(self._repository.outbox())  # type: ignore[attr-defined]
-            log.info("queued %d messages again that were accepted before and not handed over", restored)
-        self._started = True
+        with self._starting:
+            if self._started:
+                return
+            self._error_log.start()
+            self._updater.start()
+            if self.durable:
+                restored = self._batching.restore(self._repository.outbox())  # type: ignore[attr-defined]
+                log.info("queued %d messages again that were accepted before and not handed over", restored)
+            self._started = True
 
     def send(self, message: SendMessage, idempotency_key: str | None = None) -> SendingResult:
         """Accepts a message; blocks for the repository only.

@@ -799,8 +799,8 @@ def test_the_provider_cannot_ask_for_more_than_an_hour() -> None:
 
 @pytest.mark.parametrize("retry_after", [None, "30", [], float("nan"), -1])
 def test_a_senseless_retry_after_costs_no_message_and_no_hour(retry_after: Any) -> None:
-    provider, waits, repository = Scripted(FastSmsingError("busy", retry_after=retry_after)), Waits(), InMemoryRepository()
-    with batching(provider, hurry=waits, repository=repository, batch_size=1, backoff_base=0.1) as client:
+    provider, waits = Scripted(FastSmsingError("busy", retry_after=retry_after)), Waits()
+    with batching(provider, hurry=waits, batch_size=1, backoff_base=0.1) as client:
         send(client, "a")
     assert (len(provider.attempts), provider.ids) == (2, ["a"])
     assert [wait for wait in waits.asked if wait is None or not 0 <= wait <= 30] == []
@@ -1357,7 +1357,7 @@ def test_a_batch_leaves_the_outbox_when_the_provider_took_it() -> None:
 
 
 def test_handing_over_is_recorded_before_anything_else_is_said_of_the_batch() -> None:
-    repository, sink, seen = Outbox(), Sink(), list[list[str]]()
+    repository, seen = Outbox(), list[list[str]]()
 
     class Looking(Sink):
         def send(self, result: ClientResult) -> None:

@@ -864,7 +864,9 @@ def test_a_refusal_does_not_repeat_the_value() -> None:
     assert "48600700800" not in str(raised.value)
 
 
-@pytest.mark.parametrize("text", ["zażółć gęślą jaźń", "😀👩‍👩‍👧‍👦", "\0", "\r\n\t", " ", "\u202e\ufeff\uffff", "𝔘" * 1_000, "e\u0301"])
+@pytest.mark.parametrize(
+    "text", ["zażółć gęślą jaźń", "😀👩‍👩‍👧‍👦", "\0", "\r\n\t", " ", "\u202e\ufeff\uffff", "𝔘" * 1_000, "e\u0301"]
+)
 def test_any_text_arrives_unchanged(text: str) -> None:
     provider = Recorder()
     with SmsProxy(provider, ONE_BY_ONE) as proxy:
@@ -936,7 +938,9 @@ def test_another_key_is_another_message() -> None:
     assert len(ids) == len(provider.ids)
 
 
-@pytest.mark.parametrize("other", [SendMessage(NUMBER, "bye"), SendMessage("1", "hello"), SendMessage(NUMBER, "hello ")])
+@pytest.mark.parametrize(
+    "other", [SendMessage(NUMBER, "bye"), SendMessage("1", "hello"), SendMessage(NUMBER, "hello ")]
+)
 def test_the_same_key_with_another_message_is_refused(other: SendMessage) -> None:
     provider = Recorder()
     with SmsProxy(provider) as proxy:
