@@ -202,7 +202,7 @@ class SqliteRepository:
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
             db.execute("COMMIT")
-            oldest = db.execute("SELECT min(final_at) FROM message").fetchone()[0]
+            oldest = db.execute("SELECT min(final_at) FROM message WHERE final_at IS NOT NULL").fetchone()[0]
             self._purge_at = oldest + self._retention if oldest is not None and self._retention else None
         except BaseException:
             db.close()
