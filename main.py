@@ -218,18 +218,20 @@ def run(options: argparse.Namespace) -> int:
         if options.db:
             repository = undo.enter_context(contextlib.closing(SqliteRepository(options.db, options.retention)))
         client = make(options.make_client)
-        if options.check:
-            client.stop()
-            print("the settings, the client and the database are good")
-            return 0
-        proxy = SmsProxy(client, options.config, repository=repository)
-        limits = Limits(connections=options.max_connections)
-        server = SmsServer((options.host, options.port), proxy, limits=limits, api_keys=options.api_keys)
-        undo.callback(server.server_close)
-        undo.callback(signal.set_wakeup_fd, -1)
-        deadline = _until_signal(server, options.drain_timeout)
-        proxy.start()
-        server.listen()
+        with contextlib.ExitStack() as starting:
+            starting.callback(client.stop)  # unless it starts well: then the proxy stops it
+            if options.check:
+                print("the settings, the client and the database are good")
+                return 0
+            proxy = SmsProxy(client, options.config, repository=repository)
+            limits = Limits(connections=options.max_connections)
+            server = SmsServer((options.host, options.port), proxy, limits=limits, api_keys=options.api_keys)
+            undo.callback(server.server_close)
+            undo.callback(signal.set_wakeup_fd, -1)
+            deadline = _until_signal(server, options.drain_timeout)
+            proxy.start()
+            server.listen()
+            starting.pop_all()
         log.info("listening on %s port %d", *server.server_address[:2])
         server.serve_forever()
         log.info("stopping: no new requests; handing over what is pending")

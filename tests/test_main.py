@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
+import cli_providers
 import main
 from fastsmsing import InMemoryClient
-from helpers import HANG
+from helpers import HANG, Recorder
 from http_front import Limits
 from smsproxy import MessageStatus, SmsProxyConfig
 from sqlite_repository import SqliteRepository
@@ -396,6 +397,16 @@ def test_a_port_that_is_taken_is_one_line_and_exit_1(capsys: pytest.CaptureFixtu
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, line = failed(capsys, "--port", str(taken.getsockname()[1]))
     assert (code, "in use" in line) == (1, True)
+
+
+def test_a_client_is_stopped_when_the_service_cannot_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = Recorder()  # a real one may have threads that would keep the process alive
+    monkeypatch.setattr(cli_providers, "Late", lambda: client)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, _ = failed(capsys, "--client", "cli_providers:Late", "--port", str(taken.getsockname()[1]))
+    assert (code, client.stopped.is_set()) == (1, True)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "::ffff:ffff", "a..b", "x" * 70, "1.2.3.4.5"])
