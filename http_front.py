@@ -5,11 +5,16 @@ silent client costs it a dictionary entry, not a thread. `FrontHandler` is one c
 the received bytes into requests by the rules of RFC 9112 and runs `do_<METHOD>` once a request is
 whole. A method answers with `answer`, raises `HttpError`, or hands a Future to `defer` when the work
 may block; answers leave in the order of their requests. Nothing here knows of SMS.
+
+A turn of the loop first reads from everyone who is ready and writes the answers at its end: peers that
+sleep until they are answered are then woken in a row, which costs far less than once in the middle of
+the work for each (measured: 1.5 times as many POSTs a second).
 """
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import re
@@ -32,12 +37,14 @@ log = logging.getLogger("smsproxy.http")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 RECEIVE_SIZE = 16 * 1024  # bytes a read: also bounds the pipelined work one connection gets in a turn
-READ_AHEAD = 128 * 1024  # bytes buffered behind an answer under way; then the peer has to wait
+READ_AHEAD = 16 * 1024  # bytes buffered behind an answer under way; then the peer has to wait
+SEND_AHEAD = 64 * 1024  # bytes of pipelined answers gathered before they are sent
 ACCEPTS_A_TURN = 64  # so that a flood of connections does not starve those being served
 ACCEPT_PAUSE = 1.0  # seconds without accepting after the process ran out of file descriptors
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 LINGER = 2.0  # seconds for a refused peer to read its answer before the connection is closed
 LAST_CALL = 1.0  # seconds for a request half received when the shutdown begins
+FIELDS_KEPT = 64  # parsed fields, of one client each
 NEVER = float("inf")
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}  # RFC 9110, 9.3; RFC 5789
@@ -77,15 +84,65 @@ class HttpError(Exception):
         self.status, self.message, self.headers, self.close = status, message, headers, close
 
 
+def parse_fields(fields: str, command: str, version: str, limits: Limits) -> tuple[Mapping[str, str], bool, int]:
+    """The fields of a head by lower-case name, whether the connection ends after this request, and the length of
+    its body. Raises `HttpError`, which always closes: where the next request begins is not known."""
+    headers = _split_fields(fields, limits.fields)
+    old = version == "HTTP/1.0"
+    host = headers.get("host", "" if old else None)
+    if host is None or HOST.fullmatch(host) is None:
+        raise HttpError(HTTPStatus.BAD_REQUEST, "exactly one valid Host is needed (RFC 9112, 3.2)", close=True)
+    options = {option.strip().lower() for option in headers.get("connection", "").split(",")}  # RFC 9112, 9.3
+    close = "close" in options or (old and "keep-alive" not in options)
+    if not old and headers.get("expect", "100-continue").lower() != "100-continue":
+        raise HttpError(HTTPStatus.EXPECTATION_FAILED, "only 100-continue can be expected", close=True)
+    return headers, close, _body_length(headers, command, old, limits.body)
+
+
+def _split_fields(fields: str, most: int) -> dict[str, str]:
+    if FIELD_LINES.fullmatch(fields) is None:
+        raise HttpError(HTTPStatus.BAD_REQUEST, "malformed header field (RFC 9112, 5)", close=True)
+    lines = fields.split("\r\n")[:-1]
+    if len(lines) > most:
+        raise HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too many header fields", close=True)
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value  # RFC 9110, 5.3
+    return headers
+
+
+def _body_length(headers: dict[str, str], command: str, old: bool, most: int) -> int:
+    """RFC 9112, 6.3. A body without a Content-Length is refused, so nothing is ever decoded."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None or old:  # 6.1: how requests are smuggled
+            raise HttpError(HTTPStatus.BAD_REQUEST, "Transfer-Encoding is not allowed here", close=True)
+        if coding.lower() != "chunked":
+            raise HttpError(HTTPStatus.NOT_IMPLEMENTED, "unknown transfer coding", close=True)
+    if length is None:
+        if coding is not None or command == "POST":
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "Content-Length is needed", close=True)
+        return 0
+    if DIGITS.fullmatch(length) is None:
+        raise HttpError(HTTPStatus.BAD_REQUEST, "malformed Content-Length (RFC 9110, 8.6)", close=True)
+    digits = length.lstrip("0") or "0"
+    if len(digits) > 18 or int(digits) > most:  # 18: int() of thousands is slow
+        raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body exceeds {most} bytes", close=True)
+    return int(digits)
+
+
 class FrontHandler(BaseHTTPRequestHandler):
     """One connection of a `FrontServer`, driven by its loop; subclasses add `do_<METHOD>` methods.
 
-    While such a method runs, `command`, `path` (without the query), `headers` (a dict, lower-case
-    names) and `body` describe the request. Everything runs in the loop's thread and must not block.
+    While such a method runs, `command`, `path` (without the query), `headers` (lower-case names; shared with
+    other requests, so not to be changed) and `body` describe the request. Everything runs in the loop's thread
+    and must not block.
     """
 
     server: FrontServer
-    headers: dict[str, str]  # type: ignore[assignment]
+    headers: Mapping[str, str]  # type: ignore[assignment]
 
     def __init__(self, request: socket.socket, client_address: Any, server: FrontServer) -> None:
         # Not super().__init__(): it would read and answer here and now, blocking.
@@ -93,13 +150,14 @@ class FrontHandler(BaseHTTPRequestHandler):
         self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
         self.headers, self.body = {}, b""
         self.close_connection = False
-        self._fields = ""  # the text behind `headers`
         self._buffer = bytearray()  # received, not yet cut into requests
         self._scanned = 0  # bytes of the buffer already searched for the end of a head
         self._length: int | None = None  # of the body whose head is in; None before the head and after the answer
         self._reading = True  # the clock of the current head runs
-        self._unsent: memoryview | None = None
-        self._busy = False  # an answer is deferred or not sent whole
+        self._out = bytearray()  # answers that the socket has not taken yet
+        self._touched = False  # `settle` is to be called at the end of the turn
+        self._stuck = False  # the socket takes no more of them for now
+        self._suspended = False  # the answer to the current request comes later
         self._finished = False  # the last answer has been given: whatever else comes is not for us
         self._ended = self._lingering = self._closed = False
         self._interest = 0  # what the selector watches this connection for
@@ -123,7 +181,7 @@ class FrontHandler(BaseHTTPRequestHandler):
         headers: Mapping[str, str] | None = None,
         content_type: str = "application/json",
     ) -> None:
-        """Sends the whole answer to the current request; what the socket does not take now goes later."""
+        """Answers the current request as a whole; it leaves at the end of the turn, or as fast as the peer reads."""
         close = self._finished = self.close_connection or self.server.closing
         head = f"{STATUS_LINES[status]}{self.server.date}Content-Length: {len(body)}\r\n"
         if body:
@@ -139,14 +197,27 @@ class FrontHandler(BaseHTTPRequestHandler):
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s %s %s %d", self.client_address[0], self.command, self._shown, status)
         self._length, self._reading = None, False
-        self._set_deadline(self.server.limits.idle_timeout)
+        if not self._stuck:
+            self._set_deadline(self.server.limits.idle_timeout)
         self._write(data if self.command == "HEAD" else data + body)
+
+    def suspend(self) -> None:
+        """The answer comes later, by `resume`; until then the next requests of this connection wait."""
+        self._suspended = True
+        self.deadline = NEVER  # whoever works on the answer has limits of its own
+
+    def resume(self, call: Callable[..., None], *args: Any) -> None:
+        """Runs `call(*args)`, which answers the suspended request; an error is translated. In the loop's thread."""
+        if not self._closed:
+            self._suspended = False
+            self._run(call, *args)
+            self._advance()
+            self._touch()
 
     def defer(self, future: Future[Any], then: Callable[[Any], None]) -> None:
         """Answers later: `then(result)` runs in the loop once the Future is done; its error is translated."""
-        self._busy = True
-        self.deadline = NEVER  # whoever works on the answer has limits of its own
-        future.add_done_callback(lambda done: self.server.call_soon(self._resume, done, then))
+        self.suspend()
+        future.add_done_callback(lambda done: self.server.call_soon(self.resume, lambda: then(done.result())))
 
     # For the server's loop to call
 
@@ -156,20 +227,39 @@ class FrontHandler(BaseHTTPRequestHandler):
             self._flush()
         if events & READ:
             self._receive()
-        self._listen()
+        self._touch()
+
+    def settle(self) -> None:
+        """Ends a turn: sends the answers, closes what has come to its end, or tells the selector what to wait for."""
+        self._touched = False
+        if self._out and not (self._stuck or self._closed):
+            self._flush()
+        if self._touched or self._closed:  # if touched, once more: more answers have come
+            return
+        if self._ended and not (self._out or self._suspended):
+            self.drop("closed by the peer")
+            return
+        if self.server.closing and self.idle:
+            self.drop("shutting down")
+            return
+        interest = WRITE if self._stuck else 0
+        if not self._ended and (len(self._buffer) < READ_AHEAD or not (self._stuck or self._suspended)):
+            interest |= READ
+        if interest != self._interest:
+            self.server.watch(self, self._interest, interest)
+            self._interest = interest
 
     def expire(self) -> None:
         """At the deadline a request half received gets a 408; anything else is dropped."""
-        if self._busy or self._finished or self.idle:
+        if self._stuck or self._finished or self.idle:
             self.drop("timed out")
         else:
             self._refuse(HttpError(HTTPStatus.REQUEST_TIMEOUT, "the request took too long", close=True))
-            self._listen()
 
     def wind_down(self) -> None:
         """At shutdown: serves what is there, closes if idle, gives half a request a last call."""
         self.ready(READ)
-        if not self._busy:
+        if not (self._out or self._suspended):
             self._set_deadline(min(LAST_CALL, self.deadline - self.server.now))
 
     def drop(self, reason: str) -> None:
@@ -181,32 +271,26 @@ class FrontHandler(BaseHTTPRequestHandler):
             self.connection.close()
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing of a request has come and no answer is under way."""
+        under_way = self._suspended or self._out or self._buffer or self._lingering
+        return not under_way and self._length is None
+
+    @property
     def _shown(self) -> str:
         """The path for the logs, without what may be a phone number."""
         return NUMBER.sub("/***", self.path)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing of a request has come and no answer is under way."""
-        return not (self._busy or self._buffer or self._lingering or self._length is not None)
 
     def _set_deadline(self, seconds: float) -> None:
         self.deadline = self.server.now + seconds
         if self.deadline < self.server.soonest:
             self.server.soonest = self.deadline
 
-    def _listen(self) -> None:
-        """Tells the selector what this connection waits for."""
-        if self.server.closing and self.idle:
-            self.drop("shutting down")
-        if self._closed:
-            return
-        interest = WRITE if self._unsent is not None else 0
-        if not self._ended and not (self._busy and len(self._buffer) >= READ_AHEAD):
-            interest |= READ
-        if interest != self._interest:
-            self.server.watch(self, self._interest, interest)
-            self._interest = interest
+    def _touch(self) -> None:
+        """Asks for `settle` at the end of the turn."""
+        if not self._touched:
+            self._touched = True
+            self.server.touched.append(self)
 
     def _receive(self) -> None:
         if self._closed:
@@ -214,43 +298,42 @@ class FrontHandler(BaseHTTPRequestHandler):
         try:
             data = self.connection.recv(RECEIVE_SIZE)
         except (BlockingIOError, InterruptedError):
-            return
+            pass
         except OSError as error:
             self.drop(f"reading: {error}")
-            return
-        if not data:
-            self._ended = True  # the answers under way are still sent: the peer may have closed one side only
-            if not self._busy:
-                self.drop("closed by the peer")
-        elif not self._finished:
-            self._buffer += data
-            self._advance()
+        else:
+            if not data:
+                self._ended = True  # the answers under way are still sent: the peer may have closed one side only
+            elif not self._finished:
+                self._buffer += data
+                self._advance()
 
-    def _write(self, data: bytes | memoryview) -> None:
+    def _flush(self) -> None:
+        """Sends what the socket takes of the answers; once it took all, serves what waited for that."""
         try:
-            sent = self.connection.send(data)
+            sent = self.connection.send(self._out)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
             self.drop(f"writing: {error}")
             return
-        if sent < len(data):
-            if self._unsent is None:
+        del self._out[:sent]
+        if self._out:
+            if not self._stuck:
+                self._stuck = True
                 self._set_deadline(self.server.limits.write_timeout)
-            self._busy, self._unsent = True, memoryview(data)[sent:]
-        elif self._finished:
-            self._finish()
-
-    def _flush(self) -> None:
-        if self._unsent is None or self._closed:
             return
-        self._busy, rest = False, self._unsent
-        self._write(rest)
-        if not self._busy:
-            self._unsent = None
-            if not self._finished:
-                self._set_deadline(self.server.limits.idle_timeout)
-                self._advance()
+        if self._stuck:
+            self._stuck = False
+            self._set_deadline(NEVER if self._suspended else self.server.limits.idle_timeout)
+        if self._finished:
+            self._finish()
+        else:
+            self._advance()
+
+    def _write(self, data: bytes) -> None:
+        self._out += data
+        self._touch()
 
     def _finish(self) -> None:
         """Closes after the last answer. Bytes left unread would make the kernel send a reset, which can
@@ -268,11 +351,9 @@ class FrontHandler(BaseHTTPRequestHandler):
 
     def _advance(self) -> None:
         """Serves the buffered requests in order, until one is incomplete or an answer has to wait."""
-        while not (self._busy or self._finished):
+        while self._buffer and not (self._suspended or self._stuck or self._finished or len(self._out) >= SEND_AHEAD):
             try:
                 if not self._next_request():
-                    if self._ended:
-                        self.drop("closed by the peer")
                     return
             except HttpError as error:
                 self._refuse(error)
@@ -288,24 +369,15 @@ class FrontHandler(BaseHTTPRequestHandler):
             raise HttpError(HTTPStatus.NOT_IMPLEMENTED, f"unknown method {self.command}")
         self.check()
 
-    def _resume(self, done: Future[Any], then: Callable[[Any], None]) -> None:
-        if self._closed:
-            return
-        self._busy = False
-        self._run(lambda: then(done.result()))
-        self._advance()
-        self._listen()
-
-    def _run(self, call: Callable[[], None]) -> None:
+    def _run(self, call: Callable[..., None], *args: Any) -> None:
         """The boundary: a request that fails costs nobody else anything."""
         try:
-            call()
-            if self._length is not None and not self._busy:
+            call(*args)
+            if self._length is not None and not self._suspended:
                 raise RuntimeError("the handler gave no answer")
         except (Exception, SystemExit) as error:  # a Future may bring the exit of another thread
             if self._length is None:  # it has answered: a second answer would pass for the next request's
                 log.error("%s %s failed after its answer", self.command, self._shown, exc_info=error)
-                self.drop("internal error")
             else:
                 self._fail(error)
 
@@ -325,30 +397,38 @@ class FrontHandler(BaseHTTPRequestHandler):
 
     def _next_request(self) -> bool:
         """Cuts one request off the buffer; False while it is not whole."""
-        buffer = self._buffer
         if self._length is None:
-            self.command, self.path = "-", "-"
-            while buffer.startswith(b"\r\n"):  # RFC 9112, 2.2: empty lines before a request are skipped
-                del buffer[:2]
-            end = buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
-            if not 0 <= end <= self.server.limits.head:
-                self._wait_for_head()
-                return False
-            head = buffer[: end + 2].decode("latin-1")
-            del buffer[: end + 4]
-            self._scanned = 0
-            self._length = self._parse(head)
-            if len(buffer) < self._length:
-                self._set_deadline(self.server.limits.read_timeout)
-                if "expect" in self.headers and self.request_version == "HTTP/1.1":
-                    self._expect()
-        if self._length is None or len(buffer) < self._length:  # None: refused already
+            self._take_head()
+        if self._length is None or len(self._buffer) < self._length:
             return False
         self.body = b""
         if self._length:
-            self.body = bytes(buffer[: self._length])
-            del buffer[: self._length]
+            self.body = bytes(self._buffer[: self._length])
+            del self._buffer[: self._length]
         return True
+
+    def _take_head(self) -> None:
+        """Cuts one head off the buffer and parses it, once it is whole."""
+        buffer = self._buffer
+        self.command, self.path = "-", "-"
+        while buffer.startswith(b"\r\n"):  # RFC 9112, 2.2: empty lines before a request are skipped
+            del buffer[:2]
+        end = buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        if not 0 <= end <= self.server.limits.head:
+            self._wait_for_head()
+            return
+        line, _, fields = buffer[: end + 2].decode("latin-1").partition("\r\n")
+        del buffer[: end + 4]
+        self._scanned = 0
+        self._parse_line(line)
+        self.headers, self.close_connection, length = self.server.parse_fields(
+            fields, self.command, self.request_version
+        )
+        self._length = length
+        if len(buffer) < length:
+            self._set_deadline(self.server.limits.read_timeout)
+            if "expect" in self.headers and self.request_version == "HTTP/1.1":
+                self._expect()
 
     def _wait_for_head(self) -> None:
         buffer, limits = self._buffer, self.server.limits
@@ -373,9 +453,7 @@ class FrontHandler(BaseHTTPRequestHandler):
         else:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _parse(self, head: str) -> int:
-        """Takes the request line and the fields in; returns the length of the body."""
-        line, _, fields = head.partition("\r\n")
+    def _parse_line(self, line: str) -> None:
         match = REQUEST_LINE.fullmatch(line)
         if match is None:
             raise HttpError(HTTPStatus.BAD_REQUEST, "malformed request line (RFC 9112, 3)", close=True)
@@ -386,32 +464,6 @@ class FrontHandler(BaseHTTPRequestHandler):
         if len(target) > self.server.limits.target:
             raise HttpError(HTTPStatus.REQUEST_URI_TOO_LONG, "the target is too long", close=True)
         self.path = self._path(target)
-        if fields != self._fields:  # most clients repeat them: a fifth of the time of a GET, saved
-            self.headers = self._parse_fields(fields)
-            self._fields = fields
-        headers = self.headers
-        host = headers.get("host", "" if minor == "0" else None)
-        if host is None or HOST.fullmatch(host) is None:
-            raise HttpError(HTTPStatus.BAD_REQUEST, "exactly one valid Host is needed (RFC 9112, 3.2)", close=True)
-        options = headers.get("connection")  # RFC 9112, 9.3
-        tokens = {token.strip().lower() for token in options.split(",")} if options else ()
-        self.close_connection = "close" in tokens or (minor == "0" and "keep-alive" not in tokens)
-        if minor != "0" and headers.get("expect", "100-continue").lower() != "100-continue":
-            raise HttpError(HTTPStatus.EXPECTATION_FAILED, "only 100-continue can be expected", close=True)
-        return self._body_length(headers)
-
-    def _parse_fields(self, fields: str) -> dict[str, str]:
-        if FIELD_LINES.fullmatch(fields) is None:
-            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed header field (RFC 9112, 5)", close=True)
-        lines = fields.split("\r\n")[:-1]
-        if len(lines) > self.server.limits.fields:
-            raise HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "too many header fields", close=True)
-        headers: dict[str, str] = {}
-        for line in lines:
-            name, _, value = line.partition(":")
-            name, value = name.lower(), value.strip(" \t")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value  # RFC 9110, 5.3
-        return headers
 
     def _path(self, target: str) -> str:
         """The path of an origin-form or absolute-form target, without the query (RFC 9112, 3.2)."""
@@ -421,27 +473,6 @@ class FrontHandler(BaseHTTPRequestHandler):
         if target.startswith("/") or self.command == "CONNECT" or (self.command, target) == ("OPTIONS", "*"):
             return target.partition("?")[0]
         raise HttpError(HTTPStatus.BAD_REQUEST, "malformed request target (RFC 9112, 3.2)", close=True)
-
-    def _body_length(self, headers: dict[str, str]) -> int:
-        """RFC 9112, 6.3. A body without a Content-Length is refused, so nothing is ever decoded."""
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if coding is not None:
-            if length is not None or self.request_version == "HTTP/1.0":  # 6.1: how requests are smuggled
-                raise HttpError(HTTPStatus.BAD_REQUEST, "Transfer-Encoding is not allowed here", close=True)
-            if coding.lower() != "chunked":
-                raise HttpError(HTTPStatus.NOT_IMPLEMENTED, "unknown transfer coding", close=True)
-        if length is None:
-            if coding is not None or self.command == "POST":
-                raise HttpError(HTTPStatus.LENGTH_REQUIRED, "Content-Length is needed", close=True)
-            return 0
-        if DIGITS.fullmatch(length) is None:
-            raise HttpError(HTTPStatus.BAD_REQUEST, "malformed Content-Length (RFC 9110, 8.6)", close=True)
-        digits = length.lstrip("0")
-        if len(digits) > 18 or int(digits or "0") > self.server.limits.body:  # 18: int() of thousands is slow
-            raise HttpError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body exceeds {self.server.limits.body} bytes", close=True
-            )
-        return int(digits or "0")
 
 
 class FrontServer(HTTPServer):
@@ -465,6 +496,10 @@ class FrontServer(HTTPServer):
         self.soonest = NEVER  # no deadline of any connection is earlier
         self.date = ""
         self._date_until = 0.0
+        # Clients repeat their fields: a sixth of the time of a request, saved. Who changes them costs no more than
+        # `FIELDS_KEPT` heads of memory.
+        self.parse_fields = functools.lru_cache(FIELDS_KEPT)(functools.partial(parse_fields, limits=limits))
+        self.touched: list[FrontHandler] = []  # connections to be settled at the end of this turn
         self._connections: set[FrontHandler] = set()
         self._listening = self._accepting = False
         self._accept_again = self._stop_at = NEVER
@@ -510,9 +545,14 @@ class FrontServer(HTTPServer):
             events = self._selector.select(timeout)
             self._tick()
             for key, mask in events:
-                self._guard(key.data, mask)
+                self.guard(key.data, mask)
+            self._end_turn()
             if self.now >= self.soonest:
                 self._check_deadlines()
+                self._end_turn()
+
+    def end_turn(self) -> None:
+        """For subclasses to override: called at the end of every turn, before the answers are sent; must not block."""
 
     def shutdown(self, timeout: float = 10.0) -> None:
         """Begins the end and returns at once: accepts no more, closes idle connections, lets running
@@ -571,8 +611,8 @@ class FrontServer(HTTPServer):
             self.date = f"Date: {formatdate(int(wall), usegmt=True)}\r\n"
             self._date_until = self.now + 1 - wall % 1
 
-    def _guard(self, call: Callable[..., None], *args: Any) -> None:
-        """The loop's boundary: an error of ours costs at most the connection it happened on."""
+    def guard(self, call: Callable[..., None], *args: Any) -> None:
+        """Runs `call(*args)` at the loop's boundary: an error of ours costs at most the connection it happened on."""
         try:
             call(*args)
         except Exception:
@@ -581,12 +621,20 @@ class FrontServer(HTTPServer):
             if isinstance(handler, FrontHandler):
                 handler.drop("internal error")
 
+    def _end_turn(self) -> None:
+        self.guard(self.end_turn)
+        while self.touched:
+            handlers, self.touched = self.touched, []
+            for handler in handlers:
+                self.guard(handler.settle)  # which may serve requests that waited for it
+            self.guard(self.end_turn)
+
     def _wake(self, mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wakee.recv(64)
         self._woken = False
         for _ in range(len(self._calls)):  # whatever comes later sends a byte of its own
-            self._guard(*self._calls.popleft())
+            self.guard(*self._calls.popleft())
 
     def _accept_on(self) -> None:
         self._accepting, self._accept_again = True, NEVER
@@ -617,7 +665,7 @@ class FrontServer(HTTPServer):
             request.setblocking(False)
             handler = self._handler(request, address, self)
             self._connections.add(handler)
-            self._guard(handler.ready, READ)  # the request is mostly there already
+            self.guard(handler.ready, READ)  # the request is mostly there already
 
     def _check_deadlines(self) -> None:
         self.soonest = NEVER
@@ -627,7 +675,7 @@ class FrontServer(HTTPServer):
             if self.now >= self._stop_at:
                 handler.drop("the shutdown took too long")
             elif self.now >= handler.deadline:
-                self._guard(handler.expire)
+                self.guard(handler.expire)
         self.soonest = min(
             self._accept_again, self._stop_at, *(handler.deadline for handler in self._connections), NEVER
         )
@@ -645,4 +693,4 @@ class FrontServer(HTTPServer):
         self._accepting, self._accept_again = False, NEVER
         self.socket.close()
         for handler in list(self._connections):
-            self._guard(handler.wind_down)
+            self.guard(handler.wind_down)

@@ -8,7 +8,7 @@ import hmac
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,42 @@ class SmsServer(FrontServer):
         self, address: tuple[str, int], proxy: SmsProxy, *, limits: Limits = Limits(), api_keys: Iterable[str] = ()
     ) -> None:
         self.proxy = proxy
+        self._posts: list[_Post] = []  # of this turn, or waiting for the save before
+        self._saving = False  # a durable save is under way
         self.api_keys = tuple(key.encode() for key in api_keys)
         super().__init__(address, SmsHandler, limits)
+
+    def accept(self, handler: SmsHandler, message: SendMessage, key: str | None) -> None:
+        """Suspends the handler until its message is accepted, at the end of the turn, with all others of the turn."""
+        handler.suspend()
+        self._posts.append((handler, message, key))
+
+    def end_turn(self) -> None:
+        """Accepts what has come, as one group. In durable mode that is one commit at a time; whatever comes
+        during one shares the next."""
+        while self._posts and not self._saving:
+            posts, self._posts = self._posts, []
+            if self.proxy.durable:
+                self._saving = True
+                saved = self.submit(self._send_all, posts)
+                saved.add_done_callback(lambda done: self.call_soon(self._saved, posts, done.result()))
+            else:
+                self._answer(posts, self._send_all(posts))
+
+    def _send_all(self, posts: Sequence[_Post]) -> Sequence[SendingResult | Exception]:
+        try:
+            return self.proxy.send_all([(message, key) for _, message, key in posts])
+        except Exception as error:  # the boundary: each of them gets an answer
+            return [error] * len(posts)
+
+    def _saved(self, posts: Sequence[_Post], results: Sequence[SendingResult | Exception]) -> None:
+        self._saving = False
+        self.end_turn()  # first of all, so that the disk does not wait for the answers
+        self._answer(posts, results)
+
+    def _answer(self, posts: Sequence[_Post], results: Sequence[SendingResult | Exception]) -> None:
+        for (handler, _, _), result in zip(posts, results):
+            self.guard(handler.resume, handler.accepted, result)
 
 
 class SmsHandler(FrontHandler):
@@ -109,12 +143,10 @@ class SmsHandler(FrontHandler):
         message, key, proxy = _message(self.body), self.headers.get("idempotency-key"), self.server.proxy
         if key is not None and IDEMPOTENCY_KEY.fullmatch(key) is None:
             raise HttpError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must be 1 to 255 visible ASCII characters")
-        if proxy.durable:
-            self.defer(proxy.send_later(message, key), self._accepted)
-        elif proxy.slow:
-            self.defer(self.server.submit(proxy.send, message, key), self._accepted)
+        if proxy.slow and not proxy.durable:  # one by one, so that a slow one holds up nobody else
+            self.defer(self.server.submit(proxy.send, message, key), self.accepted)
         else:
-            self._accepted(proxy.send(message, key))
+            self.server.accept(self, message, key)
 
     def do_GET(self) -> None:
         """Tells a status, or one of the operator's pages."""
@@ -134,7 +166,10 @@ class SmsHandler(FrontHandler):
 
     do_HEAD = do_GET  # RFC 9110, 9.3.2: the front leaves the body out
 
-    def _accepted(self, result: SendingResult) -> None:
+    def accepted(self, result: SendingResult | Exception) -> None:
+        """Answers with the ID, or raises why there is none."""
+        if isinstance(result, Exception):
+            raise result
         self.answer(202, f'{{"ID": {_encode(result.id)}}}'.encode(), {"Location": f"/sms/{result.id}"})
 
     def _status(self, status: MessageStatus) -> None:
@@ -154,6 +189,9 @@ class SmsHandler(FrontHandler):
         if scheme.lower() != "bearer" or not known:
             challenge = {"WWW-Authenticate": 'Bearer realm="smsproxy"'}  # RFC 6750, 3
             raise HttpError(HTTPStatus.UNAUTHORIZED, "a valid API key is needed", challenge)
+
+
+_Post = tuple[SmsHandler, SendMessage, "str | None"]
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,14 +15,14 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from fastsmsing import Message
 from smsproxy import (
-    FINAL_STATUSES, RETENTION, TRANSITIONS, DuplicateMessageError, MessageStatus, OverloadedError,
-    RepositoryUnavailableError, SmsProxyError, check_transition,
+    FINAL_STATUSES, RETENTION, TRANSITIONS, DuplicateMessageError, MessageStatus, RepositoryUnavailableError,
+    SmsProxyError, check_transition,
 )  # fmt: skip
 
 __all__ = ["SqliteRepository"]
@@ -30,7 +30,6 @@ __all__ = ["SqliteRepository"]
 log = logging.getLogger("smsproxy.sqlite")
 
 APPLICATION_ID = 0x534D5350  # "SMSP": tells our files from others (SQLite manual, PRAGMA application_id)
-JOBS_WAITING = 10_000  # changes that may wait for the writer; then callers do
 GROUP = 1_000  # changes in one commit at most, so that none waits long for the others
 BUSY_TIMEOUT = 5.0  # seconds to wait while someone else, say a backup, holds the file's lock
 PURGE_STEP = 500  # messages forgotten in one transaction: a few milliseconds between two groups
@@ -74,8 +73,7 @@ class SqliteRepository:
         self._path, self._retention, self._clock = os.path.realpath(path), retention, clock
         self._lock = threading.Lock()  # guards everything below
         self._filled = threading.Condition(self._lock)  # there are jobs, or none will come any more
-        self._drained = threading.Condition(self._lock)  # there is room for jobs
-        self._jobs: deque[tuple[_Change, Future[Any]]] = deque()
+        self._jobs: deque[tuple[_Change, Future[Any]]] = deque()  # no more than there are threads that wait for them
         self._readers: list[sqlite3.Connection] = []  # open and not in use
         self._closed = False
         self._purge_at: float | None = None  # the writer's alone
@@ -91,11 +89,14 @@ class SqliteRepository:
 
     def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
         """Stores `ACCEPTED` and, if given, the message in the outbox; raises `DuplicateMessageError`."""
-        self._submit(self._insert(message_id, message, fingerprint)).result()
+        phone_number, content = (message.phone_number, message.message) if message else (None, None)
+        for error in self._insert([(message_id, phone_number, content, fingerprint)]):
+            if error is not None:
+                raise error
 
-    def save_later(self, message_id: str, message: Message, fingerprint: bytes | None) -> Future[None]:
-        """`save` that does not block; raises `OverloadedError` when too many changes wait."""
-        return self._submit(self._insert(message_id, message, fingerprint), block=False)
+    def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
+        """`save` for messages with their fingerprints, in one transaction; what it would raise for each of them."""
+        return self._insert([(m.message_id, m.phone_number, m.message, fingerprint) for m, fingerprint in messages])
 
     def get(self, message_id: str) -> MessageStatus:
         """The status as last acknowledged, `NOT_FOUND` when unknown."""
@@ -146,7 +147,7 @@ class SqliteRepository:
     def check(self) -> None:
         """Writes to the file; raises `RepositoryUnavailableError` if that fails or the writer hangs."""
         sql = f"PRAGMA user_version = {len(MIGRATIONS)}"
-        done = self._submit(lambda db: db.execute(sql) and None, block=False)
+        done = self._submit(lambda db: db.execute(sql) and None)
         try:
             done.result(BUSY_TIMEOUT + 1.0)
         except concurrent.futures.TimeoutError:  # not yet the builtin one in Python 3.10
@@ -156,8 +157,7 @@ class SqliteRepository:
         """Commits what waits and closes the file; later calls raise `RepositoryUnavailableError`."""
         with self._lock:
             self._closed = True
-            self._filled.notify_all()
-            self._drained.notify_all()
+            self._filled.notify()
         self._writer.join()
         with self._lock:
             while self._readers:
@@ -254,35 +254,36 @@ class SqliteRepository:
         row = db.execute("SELECT status FROM message WHERE id = ?", (message_id,)).fetchone()
         return MessageStatus(row[0]) if row else MessageStatus.NOT_FOUND
 
-    def _submit(self, change: _Change, *, block: bool = True) -> Future[Any]:
+    def _submit(self, change: _Change) -> Future[Any]:
         """Queues a change for the writer's next group."""
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()  # it will happen: nobody can cancel it
         with self._lock:
-            while len(self._jobs) >= JOBS_WAITING and not self._closed:
-                if not block:
-                    raise OverloadedError("too many changes wait for the database")
-                self._drained.wait()
             if self._closed:
                 raise RepositoryUnavailableError(f"{self._path}: closed")
             self._jobs.append((change, future))
             self._filled.notify()
         return future
 
-    def _insert(self, message_id: str, message: Message | None, fingerprint: bytes | None) -> _Change:
-        phone_number, content = (message.phone_number, message.message) if message else (None, None)
-        row = (message_id, MessageStatus.ACCEPTED.value, self._clock(), phone_number, content, fingerprint)
+    def _insert(self, rows: Sequence[tuple[str, str | None, str | None, bytes | None]]) -> list[Exception | None]:
+        """Stores messages by ID, number, text and fingerprint; returns why some could not be."""
+        now, status = self._clock(), MessageStatus.ACCEPTED.value
+        sql = (
+            "INSERT INTO message (id, phone_number, content, fingerprint, status, accepted_at)"
+            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
+        )
 
-        def change(db: sqlite3.Connection) -> None:
-            sql = (
-                "INSERT INTO message (id, status, accepted_at, phone_number, content, fingerprint)"
-                " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
-            )
-            if not db.execute(sql, row).rowcount:
-                stored = db.execute("SELECT fingerprint FROM message WHERE id = ?", (message_id,)).fetchone()
-                raise DuplicateMessageError(message_id, stored[0])
+        def insert(db: sqlite3.Connection, row: tuple[str, str | None, str | None, bytes | None]) -> Exception | None:
+            try:
+                if db.execute(sql, (*row, status, now)).rowcount:
+                    return None
+                stored = db.execute("SELECT fingerprint FROM message WHERE id = ?", row[:1]).fetchone()
+                return DuplicateMessageError(row[0], stored[0])
+            except UNUSABLE as refusal:
+                return refusal
 
-        return change
+        errors: list[Exception | None] = self._submit(lambda db: [insert(db, row) for row in rows]).result()
+        return errors
 
     def _write(self) -> None:
         while (group := self._next_group()) is not None:
@@ -308,7 +309,6 @@ class SqliteRepository:
                     return []
                 self._filled.wait(None if wait is None else min(wait, threading.TIMEOUT_MAX))
             group = [self._jobs.popleft() for _ in range(min(len(self._jobs), GROUP))]
-            self._drained.notify_all()
             return group
 
     def _commit(self, group: list[tuple[_Change, Future[Any]]]) -> None:

@@ -12,9 +12,28 @@ from typing import Any
 from fastsmsing import Message
 from http_front import Limits
 from restapi import SmsServer
-from smsproxy import SmsProxy
+from smsproxy import InMemoryRepository, SmsProxy
 
 HANG = 30.0  # seconds after which a test has hung; nothing is paced by it
+
+
+class Grouping(InMemoryRepository):
+    """A repository double that is given messages together; `groups` has their IDs, one list a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[list[str]] = []
+
+    def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
+        self.groups.append([message.message_id for message, _ in messages])
+        return [self._save(message, fingerprint) for message, fingerprint in messages]
+
+    def _save(self, message: Message, fingerprint: bytes | None) -> Exception | None:
+        try:
+            self.save(message.message_id, message, fingerprint)
+        except Exception as error:
+            return error
+        return None
 
 
 class Recorder:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -12,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 
 import smsproxy
 from fastsmsing import FastSmsingClient, FastSmsingError, Message, RejectedError
-from helpers import HANG, Gate, Recorder, Scripted
+from helpers import HANG, Gate, Grouping, Recorder, Scripted
 from smsproxy import (
     ClientResult, ClosedError, DuplicateMessageError, InMemoryRepository, MessageStatus, Metrics, OverloadedError,
     Repository, RepositoryUnavailableError, SendMessage, SimpleBatchingClient, SmsProxyConfig, SmsProxyError,
@@ -136,40 +136,18 @@ class StuckSink:
 
 
 class Outbox(InMemoryRepository):
-    """A durable repository double. `refusals` are raised by `handed_over` or `update_all`, one a call.
+    """A durable repository double. `refusals` are raised by `handed_over` or `update_all`, one a call."""
 
-    With `holding`, what `save_later` was given is only saved by `commit`.
-    """
-
-    def __init__(self, *refusals: Exception, holding: bool = False) -> None:
+    def __init__(self, *refusals: Exception) -> None:
         super().__init__()
         self.refusals = list(refusals)
-        self.holding = holding
         self.waiting: dict[str, tuple[float, Message]] = {}
         self.calls: list[str] = []
-        self._held: list[tuple[Future[None], str, Message, bytes | None]] = []
 
     def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
         super().save(message_id, message, fingerprint)
         if message is not None:
             self.waiting[message_id] = (time.time(), message)
-
-    def save_later(self, message_id: str, message: Message, fingerprint: bytes | None) -> Future[None]:
-        self._held.append((Future(), message_id, message, fingerprint))
-        saved = self._held[-1][0]
-        if not self.holding:
-            self.commit()
-        return saved
-
-    def commit(self) -> None:
-        held, self._held = self._held, []
-        for saved, *row in held:
-            try:
-                self.save(*row)
-            except Exception as error:
-                saved.set_exception(error)
-            else:
-                saved.set_result(None)
 
     def update_all(self, updates: Mapping[str, MessageStatus]) -> dict[str, SmsProxyError]:
         self._refuse("update_all")
@@ -196,12 +174,17 @@ class Outbox(InMemoryRepository):
             raise self.refusals.pop(0)
 
 
-class Broken(InMemoryRepository):
+class Broken(Grouping):
     """A repository double that raises in the calls it is told to."""
 
     def __init__(self, **errors: BaseException) -> None:
         super().__init__()
         self.errors = errors
+
+    def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
+        if "save_all" in self.errors:
+            raise self.errors["save_all"]
+        return super().save_all(messages)
 
     def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
         if "save" in self.errors:
@@ -248,6 +231,15 @@ def batching(
 def send(client: SimpleBatchingClient, *message_ids: str) -> None:
     for message_id in message_ids:
         client.send(SendMessage(NUMBER, f"text of {message_id}"), message_id)
+
+
+def group(*message_ids: str) -> list[tuple[Message, bytes | None]]:
+    """Messages for `send_all`; the fingerprint of each one tells its place."""
+    return [(Message(NUMBER, f"text of {each}", each), f"{place}".encode()) for place, each in enumerate(message_ids)]
+
+
+def kinds(errors: Iterable[BaseException | None]) -> list[type[BaseException] | None]:
+    return [None if error is None else type(error) for error in errors]
 
 
 def names(count: int, prefix: str = "m") -> list[str]:
@@ -684,6 +676,186 @@ def test_a_stopped_client_accepts_nothing() -> None:
         with pytest.raises(ClosedError):
             send(client, "a")
     assert repository.get("a") is MessageStatus.NOT_FOUND
+
+
+# Sending many at once
+
+
+def test_messages_sent_together_are_saved_together_in_their_order() -> None:
+    provider, repository = Recorder(), Grouping()
+    with batching(provider, repository=repository, batch_size=3, max_delay=None) as client:
+        assert client.send_all(group("c", "a", "b")) == [None] * 3
+    assert (repository.groups, provider.ids) == ([["c", "a", "b"]], ["c", "a", "b"])
+
+
+def test_a_message_sent_alone_is_a_group_of_one() -> None:
+    repository = Grouping()
+    with batching(Recorder(), repository=repository) as client:
+        send(client, "a", "b")
+    assert repository.groups == [["a"], ["b"]]
+
+
+def test_no_messages_sent_together_are_no_error() -> None:
+    with batching(Recorder()) as client:
+        assert client.send_all([]) == []
+
+
+@pytest.mark.parametrize("make", [InMemoryRepository, Grouping, Outbox])
+def test_a_duplicate_among_messages_sent_together_is_refused_by_itself(make: Callable[[], Repository]) -> None:
+    provider = Recorder()
+    with batching(provider, repository=make(), batch_size=9, max_delay=None) as client:
+        send(client, "b")
+        errors = client.send_all(group("a", "b", "a", "c"))
+        assert kinds(errors) == [None, DuplicateMessageError, DuplicateMessageError, None]
+        assert [getattr(error, "fingerprint", None) for error in errors] == [None, None, b"0", None]
+        assert client.gauges()["smsproxy_messages_accepted_total"] == 3
+    assert provider.ids == ["b", "a", "c"]
+
+
+def test_a_message_that_a_repository_without_groups_cannot_save_costs_only_itself() -> None:
+    class Choosy(InMemoryRepository):
+        def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
+            if message_id == "b":
+                raise RuntimeError("not this one")
+            super().save(message_id, message, fingerprint)
+
+    provider = Recorder()
+    with batching(provider, repository=Choosy(), batch_size=2) as client:
+        assert kinds(client.send_all(group("a", "b", "c"))) == [None, RuntimeError, None]
+    assert provider.ids == ["a", "c"]
+
+
+def test_a_repository_may_know_nothing_of_fingerprints() -> None:
+    class Plain(InMemoryRepository):
+        def save(self, message_id: str, message: Message) -> None:  # type: ignore[override]
+            super().save(message_id, message)
+
+    repository: Any = Plain()
+    with batching(Recorder(), repository=repository) as client:
+        assert client.send_all([(Message(NUMBER, "hello", "a"), None)]) == [None]
+
+
+@pytest.mark.parametrize("pending", [0, 1, 3])
+def test_with_room_for_some_the_first_are_taken_and_the_rest_refused_and_not_saved(pending: int) -> None:
+    gate, repository = Gate(), Grouping()
+    with batching(gate, repository=repository, batch_size=3, max_pending=3) as client, opening(gate.opened):
+        send(client, *names(pending, "earlier"))
+        errors = client.send_all(group(*names(5)))
+        assert kinds(errors) == [None] * (3 - pending) + [OverloadedError] * (2 + pending)
+        assert [each for group in repository.groups[pending:] for each in group] == names(3 - pending)
+        assert client.gauges()["smsproxy_pending_messages"] == 3
+
+
+def test_messages_sent_together_find_no_room_beside_restored_ones() -> None:
+    gate = Gate()
+    with batching(gate, batch_size=1, max_pending=2) as client, opening(gate.opened):
+        client.restore([(time.time(), Message(NUMBER, "hello", name)) for name in names(5)])
+        assert kinds(client.send_all(group("a", "b", "c", "d", "e"))) == [OverloadedError] * 5
+        assert client.gauges()["smsproxy_pending_messages"] == 5
+
+
+def test_those_of_a_group_that_could_not_be_saved_give_their_places_back() -> None:
+    gate = Gate()
+    with batching(gate, batch_size=2, max_pending=3, max_delay=None) as client, opening(gate.opened):
+        assert kinds(client.send_all(group("a", "a", "a"))) == [None] + [DuplicateMessageError] * 2
+        assert client.gauges()["smsproxy_pending_messages"] == 1
+        assert kinds(client.send_all(group("b", "c", "d"))) == [None, None, OverloadedError]
+
+
+@pytest.mark.parametrize("error", [RepositoryUnavailableError("disk full"), RuntimeError("no"), KeyboardInterrupt()])
+def test_a_group_whose_saving_raises_frees_all_its_places_and_queues_nothing(error: BaseException) -> None:
+    provider = Recorder()
+    with batching(provider, repository=Broken(save_all=error), batch_size=1, max_pending=3) as client:
+        for _ in range(2):
+            with pytest.raises(type(error)):
+                client.send_all(group("a", "b", "c"))
+            assert client.gauges()["smsproxy_pending_messages"] == 0
+    assert provider.batches == []
+
+
+def test_a_stopped_client_accepts_no_group() -> None:
+    repository = Grouping()
+    with batching(Recorder(), repository=repository) as client:
+        client.stop(HANG)
+        with pytest.raises(ClosedError):
+            client.send_all(group("a", "b"))
+    assert repository.groups == []
+
+
+def test_a_group_counts_as_pending_and_is_queued_only_once_it_is_safe() -> None:
+    saving, saved, provider = threading.Event(), threading.Event(), Recorder()
+
+    class Slow(Grouping):
+        def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
+            saving.set()
+            assert saved.wait(HANG)
+            return super().save_all(messages)
+
+    with batching(provider, repository=Slow(), batch_size=1) as client, opening(saved):
+        accepting = threading.Thread(target=client.send_all, args=(group("a", "b"),), daemon=True)
+        accepting.start()
+        assert saving.wait(HANG)
+        client.flush()
+        gauges = client.gauges()
+        assert (gauges["smsproxy_pending_messages"], gauges["smsproxy_messages_accepted_total"]) == (2, 0)
+        assert provider.batches == []
+        saved.set()
+        accepting.join(HANG)
+    assert sorted(provider.ids) == ["a", "b"]
+
+
+def test_a_group_is_queued_when_send_all_returns() -> None:
+    with batching(Recorder(), batch_size=9, max_delay=None) as client:
+        client.send_all(group("a", "b"))
+        assert client.gauges()["smsproxy_messages_accepted_total"] == 2
+
+
+def test_a_group_of_several_batches_leaves_in_exact_batches_in_order() -> None:
+    provider = Recorder()
+    with batching(provider, batch_size=4, max_delay=None, senders=1) as client:
+        client.send_all(group(*names(43)))
+        provider.wait_for(lambda batches: len(batches) == 10)
+        assert (sizes(provider), provider.ids) == ([4] * 10, names(40))
+
+
+def test_a_group_of_several_batches_is_one_large_batch_where_that_is_allowed() -> None:
+    provider, condition = Recorder(), Watched()
+    options: dict[str, Any] = {"batch_size": 3, "max_batch_size": 50, "max_delay": None, "senders": 4}
+    with batching(provider, condition=condition, **options) as client:
+        send(client, "first")
+        condition.settled(4)
+        before = condition.notified
+        client.send_all(group(*names(49)))
+        provider.wait_for(lambda batches: len(batches) == 1)
+        assert condition.settled(4) == [None] * 4
+        assert (sizes(provider), condition.notified - before) == ([50], 1)
+
+
+def test_a_group_of_several_batches_occupies_every_idle_sender() -> None:
+    gate = Gate()
+    with batching(gate, batch_size=3, max_delay=None, senders=4) as client, opening(gate.opened):
+        client.send_all(group(*names(12)))
+        gate.wait_entered(4)
+
+
+def test_a_group_that_completes_no_batch_wakes_nobody() -> None:
+    provider, condition = Recorder(), Watched()
+    with batching(provider, condition=condition, batch_size=100, max_delay=None, senders=4) as client:
+        send(client, "first")
+        condition.settled(4)
+        before = condition.notified
+        client.send_all(group(*names(98)))
+        assert condition.notified == before
+
+
+def test_the_first_of_a_group_begins_a_linger() -> None:
+    condition, clock = Watched(), Clock()
+    with batching(Recorder(), condition=condition, clock=clock, batch_size=9, max_delay=5.0, senders=2) as client:
+        client.send_all(group("a", "b"))
+        condition.settled(2)
+        clock.now += 1.0
+        client.send_all(group("c"))
+        assert condition.settled(2) == [5.0, None]
 
 
 # Retries
@@ -1293,62 +1465,6 @@ def test_stop_while_many_threads_send_loses_nothing_that_was_accepted() -> None:
 # Durable
 
 
-def test_send_later_queues_a_message_only_once_it_is_safe() -> None:
-    provider, repository = Recorder(), Outbox(holding=True)
-    with batching(provider, repository=repository, batch_size=1) as client:
-        saved = client.send_later(SendMessage(NUMBER, "hello"), "a")
-        client.flush()
-        assert (saved.done(), client.gauges()["smsproxy_pending_messages"], provider.batches) == (False, 1, [])
-        repository.commit()
-        saved.result(HANG)
-        provider.wait_for(lambda batches: len(batches) == 1)
-
-
-def test_whoever_waits_for_send_later_finds_the_message_queued() -> None:
-    with batching(Recorder(), repository=Outbox(), batch_size=9, max_delay=None) as client:
-        client.send_later(SendMessage(NUMBER, "hello"), "a").result(HANG)
-        assert client.gauges()["smsproxy_messages_accepted_total"] == 1
-
-
-def test_a_message_that_send_later_could_not_save_frees_its_place() -> None:
-    repository = Outbox(holding=True)
-    with batching(Recorder(), repository=repository, batch_size=1, max_pending=1) as client:
-        repository.save("a")
-        saved = client.send_later(SendMessage(NUMBER, "hello"), "a")
-        repository.commit()
-        assert isinstance(saved.exception(HANG), DuplicateMessageError)
-        assert client.gauges()["smsproxy_pending_messages"] == 0
-
-
-def test_a_save_later_that_raises_frees_its_place() -> None:
-    class Refusing(Outbox):
-        def save_later(self, message_id: str, message: Message, fingerprint: bytes | None) -> Future[None]:
-            raise OverloadedError("too many changes wait")
-
-    with batching(Recorder(), repository=Refusing()) as client:
-        with pytest.raises(OverloadedError):
-            client.send_later(SendMessage(NUMBER, "hello"), "a")
-        assert client.gauges()["smsproxy_pending_messages"] == 0
-
-
-def test_a_save_that_is_cancelled_frees_its_place() -> None:
-    with batching(Recorder(), repository=Outbox(holding=True)) as client:
-        assert client.send_later(SendMessage(NUMBER, "hello"), "a").cancel()
-        assert client.gauges()["smsproxy_pending_messages"] == 0
-
-
-def test_send_later_refuses_what_send_refuses() -> None:
-    gate = Gate()
-    with batching(gate, repository=Outbox(), batch_size=1, max_pending=1) as client, opening(gate.opened):
-        client.send_later(SendMessage(NUMBER, "hello"), "a")
-        with pytest.raises(OverloadedError):
-            client.send_later(SendMessage(NUMBER, "hello"), "b")
-        gate.opened.set()
-        client.stop(HANG)
-        with pytest.raises(ClosedError):
-            client.send_later(SendMessage(NUMBER, "hello"), "c")
-
-
 def test_a_batch_leaves_the_outbox_when_the_provider_took_it() -> None:
     repository = Outbox()
     with batching(Recorder(), repository=repository, batch_size=2) as client:
@@ -1714,22 +1830,24 @@ def play(seed: int, *, failing: float = 0.3, stop_meanwhile: bool = False, **fix
     accepted: list[list[str]] = [[] for _ in range(rng.randint(1, 6))]
     refused: list[str] = []
 
-    def work(thread: int, flushes: frozenset[int], count: int) -> None:
-        for number in range(count):
-            message_id = f"{thread}-{number}"
+    def work(thread: int, flushes: frozenset[int], count: int, together: int) -> None:
+        for start in range(0, count, together):
+            message_ids = names(count, f"{thread}-")[start : start + together]
             try:
-                send(client, message_id)
-                accepted[thread].append(message_id)
-            except (OverloadedError, ClosedError, RuntimeError):
-                refused.append(message_id)
-            if number in flushes:
+                errors = client.send_all(group(*message_ids))
+            except ClosedError as error:
+                errors = [error] * len(message_ids)
+            for message_id, refusal in zip(message_ids, errors):
+                (accepted[thread] if refusal is None else refused).append(message_id)
+                assert isinstance(refusal, (type(None), OverloadedError, ClosedError, RuntimeError))
+            if flushes.intersection(range(start, start + together)):
                 client.flush()
 
     works: list[Callable[[], object]] = []
     for thread in range(len(accepted)):
         count = rng.randint(1, 40)
         flushes = frozenset() if fixed.get("max_delay", 0) is None else frozenset(rng.sample(range(count), count // 8))
-        works.append(lambda thread=thread, flushes=flushes, count=count: work(thread, flushes, count))
+        works.append(functools.partial(work, thread, flushes, count, rng.choice([1, 1, 2, 5, 40])))
     if stop_meanwhile:
         works.append(lambda: client.stop(HANG))
     together(*works)

@@ -6,15 +6,16 @@ import functools
 import http.client
 import json
 import logging
+import queue
 import re
 import select
 import socket
+import struct
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ import pytest
 import main
 import restapi
 from fastsmsing import FastSmsingError, InMemoryClient, Message, RejectedError
-from helpers import HANG, Gate, Recorder, Scripted, request, serving
+from helpers import HANG, Gate, Grouping, Recorder, Scripted, request, serving
 from http_front import Limits
-from restapi import SmsServer
+from restapi import SmsHandler, SmsServer
 from smsproxy import (
-    InMemoryRepository, MessageStatus, OverloadedError, RepositoryUnavailableError, SmsProxy, SmsProxyConfig,
-    SmsProxyError,
+    InMemoryRepository, MessageStatus, OverloadedError, RepositoryUnavailableError, SendingResult, SendMessage,
+    SmsProxy, SmsProxyConfig, SmsProxyError,
 )  # fmt: skip
 
 NUMBER, TEXT = "48123456789", "Your parcel is here"
@@ -109,37 +110,35 @@ class Slow(InMemoryRepository):
         assert self.entered.acquire(timeout=HANG), "no call came"
 
 
-class Durable(InMemoryRepository):
-    """A durable repository whose saves end when the test says so."""
+class Durable(Grouping):
+    """A durable repository whose saves end when the test says so; `texts` has the messages of each."""
 
     slow = True
 
     def __init__(self, outbox: Iterable[tuple[float, Message]] = ()) -> None:
         super().__init__()
         self.left = list(outbox)
-        self.saves: list[tuple[Future[None], Callable[[], None]]] = []
-        self.entered = threading.Semaphore(0)
+        self.texts: list[list[str]] = []
+        self._entered = threading.Semaphore(0)
+        self._orders: queue.Queue[BaseException | None] = queue.Queue()
         for _, message in self.left:
             self.save(message.message_id, message)
 
-    def save_later(self, message_id: str, message: Message, fingerprint: bytes | None) -> Future[None]:
-        future: Future[None] = Future()
-        self.saves.append((future, functools.partial(self.save, message_id, message, fingerprint)))
-        self.entered.release()
-        return future
+    def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
+        self.texts.append([message.message for message, _ in messages])
+        self._entered.release()
+        error = self._orders.get(timeout=HANG)
+        if error is not None:
+            raise error
+        return super().save_all(messages)
 
-    def settle(self, error: Exception | None = None) -> None:
-        """Waits for the next save and ends it."""
-        assert self.entered.acquire(timeout=HANG), "nothing was saved"
-        future, save = self.saves.pop(0)
-        try:
-            if error is not None:
-                raise error
-            save()
-        except Exception as failure:
-            future.set_exception(failure)
-        else:
-            future.set_result(None)
+    def wait_entered(self) -> None:
+        """Blocks until one more save waits for its end."""
+        assert self._entered.acquire(timeout=HANG), "nothing was saved"
+
+    def settle(self, error: BaseException | None = None) -> None:
+        """Ends the save that came, or the next one."""
+        self._orders.put(error)
 
     def outbox(self) -> Iterable[tuple[float, Message]]:
         return self.left
@@ -204,6 +203,15 @@ class Peer:
 
     def post(self, *lines: str, body: bytes = json.dumps(GOOD).encode()) -> None:
         self.send("POST", "/sms", f"Content-Length: {len(body)}", *lines, body=body)
+
+    def post_text(self, text: str, *lines: str) -> None:
+        self.post(*lines, body=json.dumps(GOOD | {"Content": text}).encode())
+
+    def reset(self) -> None:
+        """Breaks the connection off, so that whatever is sent to it fails."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._answers.close()
+        self._socket.close()
 
     def half(self, data: bytes) -> None:
         """Sends a part of a request."""
@@ -806,34 +814,212 @@ def test_messages_are_handed_over_only_when_they_are_on_disk() -> None:
     assert client.ids == [message_id]
 
 
+@contextlib.contextmanager
+def one_group(server: SmsServer, repository: Durable, *posts: tuple[str, str]) -> Iterator[list[Peer]]:
+    """Peers that post these texts under these keys, in this order, while another message is being saved."""
+    with contextlib.ExitStack() as undo:
+        first, *peers = [undo.enter_context(Peer(server)) for _ in range(len(posts) + 1)]
+        first.post_text("first")
+        repository.wait_entered()
+        for peer, (text, key) in zip(peers, posts):
+            peer.post_text(text, f"Idempotency-Key: {key}")
+            assert request(server, "GET", "/healthz")[0] == 200  # by now the server has read it
+        repository.settle()
+        assert first.receive()[0] == 202
+        yield peers
+
+
+def test_what_comes_during_a_durable_save_shares_the_next() -> None:
+    client, repository = Recorder(), Durable()
+    with service(client, repository=repository) as server:
+        with one_group(server, repository, ("a", "1"), ("b", "2"), ("c", "3")) as peers:
+            repository.settle()
+            ids = [json.loads(peer.receive()[1])["ID"] for peer in peers]
+    assert repository.texts == [["first"], ["a", "b", "c"]]
+    [batch] = client.batches
+    assert [(each.message_id, each.message) for each in batch[1:]] == list(zip(ids, "abc"))
+
+
+def test_each_of_a_durable_group_gets_its_own_answer() -> None:
+    client, repository = Recorder(), Durable()
+    posts = [("a", "1"), ("other", "1"), ("", "2"), ("a", "1"), ("b", "2")]
+    with service(client, repository=repository) as server, one_group(server, repository, *posts) as peers:
+        repository.settle()
+        answers = [peer.receive() for peer in peers]
+        assert [status for status, _, _ in answers] == [202, 422, 400, 202, 202]
+        assert answers[3][1] == answers[0][1]
+    assert repository.texts == [["first"], ["a", "other", "a", "b"]]
+    assert [each.message for each in client.batches[0]] == ["first", "a", "b"]
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(RepositoryUnavailableError("the disk is full"), 503), (OverloadedError("too much"), 503), (RuntimeError("x"), 500)],
 )
-def test_a_durable_save_that_fails_is_told(error: Exception, status: int) -> None:
-    repository = Durable()
-    with service(repository=repository) as server, Peer(server) as peer:
-        for _ in range(2):  # on the same connection
-            peer.post()
+def test_a_durable_save_that_fails_is_told_to_each_of_its_group(error: Exception, status: int) -> None:
+    client, repository = Recorder(), Durable()
+    with service(client, repository=repository) as server:
+        with one_group(server, repository, ("a", "1"), ("b", "2"), ("c", "3")) as peers:
             repository.settle(error)
-            found, _, headers = peer.receive()
-            assert (found, "Retry-After" in headers) == (status, status == 503)
+            for peer in peers:
+                found, _, headers = peer.receive()
+                assert (found, "Retry-After" in headers) == (status, status == 503)
+            peers[0].post_text("later")
+            repository.settle()
+            assert peers[0].receive()[0] == 202
+    assert [each.message for each in client.batches[0]] == ["first", "later"]
+
+
+def test_the_next_save_begins_before_the_last_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Durable()
+    with service(repository=repository) as server, Peer(server) as first, Peer(server) as second:
+        first.post()
+        repository.wait_entered()
+        second.post()
+        assert request(server, "GET", "/healthz")[0] == 200
+
+        def accepted(handler: SmsHandler, result: SendingResult | Exception) -> None:
+            repository.wait_entered()
+            answer(handler, result)
+
+        answer = SmsHandler.accepted
+        with monkeypatch.context() as patch:
+            patch.setattr(SmsHandler, "accepted", accepted)
+            repository.settle()
+            assert first.receive()[0] == 202
+        repository.settle()
+        assert second.receive()[0] == 202
+
+
+@pytest.mark.parametrize("make", [InMemoryRepository, Durable])
+def test_whatever_accepting_raises_everybody_is_answered(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(messages: object) -> None:
+        raise RuntimeError("broken")
+
+    repository = make()
+    with service(repository=repository) as server, Peer(server) as peer:
+        with monkeypatch.context() as patch:
+            patch.setattr(server.proxy, "send_all", broken)
+            peer.post()
+            assert peer.receive()[0] == 500
+        peer.post()
+        if isinstance(repository, Durable):
+            repository.settle()
+        assert peer.receive()[0] == 202
 
 
 def test_concurrent_repeats_of_a_durable_save_get_the_same_answer() -> None:
     client, repository = Recorder(), Durable()
-    with service(client, repository=repository) as server, Peer(server) as first, Peer(server) as second:
-        for peer in (first, second):
-            peer.post("Idempotency-Key: order-1")
+    with service(client, repository=repository) as server, Peer(server) as peer:
+        with one_group(server, repository, ("a", "order-1"), ("a", "order-1")) as peers:
+            peer.post_text("a", "Idempotency-Key: order-1")
+            for _ in range(2):
+                repository.settle()
+            found = [each.receive()[:2] for each in (*peers, peer)]
+    assert found == [(202, found[0][1])] * 3
+    assert client.ids[1:] == [json.loads(found[0][1])["ID"]]
+
+
+def test_pipelined_messages_are_saved_and_answered_in_order() -> None:
+    client, repository = Recorder(), Durable()
+    with service(client, repository=repository) as server, Peer(server) as peer:
+        for text in "abc":
+            peer.post_text(text)
+            repository.settle()
+        ids = [json.loads(peer.receive()[1])["ID"] for _ in "abc"]
+    assert repository.texts == [["a"], ["b"], ["c"]]
+    assert (client.ids, [each.message for each in client.batches[0]]) == (ids, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("path", ["/sms/x", "/healthz", "/metrics", "/openapi.json", "/nowhere"])
+def test_whatever_is_pipelined_behind_a_message_waits_until_that_is_on_disk(path: str) -> None:
+    repository = Durable()
+    with service(repository=repository) as server, Peer(server) as peer:
+        peer.post()
+        peer.send("GET", path)
+        repository.wait_entered()
+        assert (request(server, "GET", "/healthz")[0], peer.answered) == (200, False)
+        repository.settle()
+        assert [peer.receive()[0], peer.receive()[0]] == [202, 404 if path == "/nowhere" else 200]
+
+
+def test_a_shutdown_answers_those_whose_messages_are_being_saved_or_wait_for_that() -> None:
+    client, repository, closing = Recorder(), Durable(), threading.Event()
+    with service(client, repository=repository) as server, Peer(server) as saved, Peer(server) as waiting:
+        saved.post()
+        repository.wait_entered()
+        waiting.post()
+        assert request(server, "GET", "/healthz")[0] == 200
+        server.shutdown(HANG)
+        server.call_soon(closing.set)  # runs after the shutdown has begun
+        assert closing.wait(HANG)
+        for peer in (saved, waiting):
+            repository.settle()
+            status, _, headers = peer.receive()
+            assert (status, headers["Connection"]) == (202, "close")
+    assert len(client.ids) == 2
+
+
+@pytest.mark.parametrize("broken_off", [0, 1], ids=["being saved", "waiting"])
+def test_a_peer_that_breaks_off_hurts_nobody_and_its_message_is_accepted(broken_off: int) -> None:
+    client, repository = Recorder(), Durable()
+    with service(client, repository=repository) as server, contextlib.ExitStack() as undo:
+        peers = [undo.enter_context(Peer(server)) for _ in range(4)]
+        for peer, text in zip(peers, "abcd"):
+            peer.post_text(text)
+            assert request(server, "GET", "/healthz")[0] == 200
+        peers.pop(broken_off).reset()
+        assert request(server, "GET", "/healthz")[0] == 200  # by now the server has noticed
         for _ in range(2):
             repository.settle()
-        found = [peer.receive()[:2] for peer in (first, second)]
-        assert found == [(202, found[0][1])] * 2
-        with Peer(server) as third:
-            third.post("Idempotency-Key: order-1", body=json.dumps(GOOD | {"Content": "another"}).encode())
-            repository.settle()
-            assert third.receive()[0] == 422
-    assert client.ids == [json.loads(found[0][1])["ID"]]
+        assert [peer.receive()[0] for peer in peers] == [202] * 3
+    assert (repository.texts, [each.message for each in client.batches[0]]) == ([["a"], ["b", "c", "d"]], list("abcd"))
+
+
+# Many at once, in memory
+
+
+def test_many_messages_pipelined_in_one_write_get_different_ids_in_their_order() -> None:
+    client = Recorder()
+    texts = [f"text {number}" for number in range(400)]  # more than is read, and more than is answered, at a time
+    bodies = [json.dumps(GOOD | {"Content": text}) for text in texts]
+    with service(client, SmsProxyConfig(batch_size=400, max_delay=None, senders=1)) as server, Peer(server) as peer:
+        posts = [f"POST /sms HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n\r\n{body}" for body in bodies]
+        peer.half("".join(posts).encode())
+        answers = [peer.receive() for _ in texts]
+        assert {status for status, _, _ in answers} == {202}
+        ids = [json.loads(body)["ID"] for _, body, _ in answers]
+    assert len(set(ids)) == 400
+    assert [(each.message_id, each.message) for each in client.batches[0]] == list(zip(ids, texts))
+
+
+def test_what_comes_in_one_turn_is_accepted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, opened, groups = threading.Event(), threading.Event(), list[list[str]]()
+
+    def hold() -> None:
+        entered.set()
+        assert opened.wait(HANG)
+
+    def send_all(messages: Sequence[tuple[SendMessage, str | None]]) -> list[SendingResult | Exception]:
+        groups.append(sorted(message.message for message, _ in messages))
+        return SmsProxy.send_all(server.proxy, messages)
+
+    with contextlib.ExitStack() as undo:
+        server = undo.enter_context(service())
+        peers = [undo.enter_context(Peer(server)) for _ in range(3)]
+        for peer in peers:
+            peer.send("GET", "/nowhere")
+            assert peer.receive()[0] == 404  # it is connected
+        monkeypatch.setattr(server.proxy, "send_all", send_all)
+        server.call_soon(hold)
+        assert entered.wait(HANG)
+        for peer, text in zip(peers, ("a", "", "b")):
+            peer.post_text(text)
+        opened.set()
+        assert [peer.receive()[0] for peer in peers] == [202, 400, 202]
+    assert groups == [["", "a", "b"]]
 
 
 # Health
@@ -1403,6 +1589,15 @@ def test_a_text_that_begins_like_another_is_not_logged_in_part(caplog: pytest.Lo
 
 def test_a_number_that_begins_like_another_is_not_logged_in_part(caplog: pytest.LogCaptureFixture) -> None:
     assert "700800" not in logged_of([("48600", "Hello"), ("48600700800", "Hello")], plainly, caplog)
+
+
+def test_an_error_of_the_provider_is_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with service(Scripted(RejectedError("no\r\n2026-01-01 ERROR forged")), SINGLY) as server:
+        request(server, "POST", "/sms", GOOD)
+        server.proxy.stop(HANG)
+    found = [record.getMessage() for record in caplog.records if "forged" in record.getMessage()]
+    assert [line for line in found if len(line.splitlines()) > 1] == []
+    assert found != []
 
 
 @pytest.mark.parametrize("quote", [repr, json.dumps], ids=["repr", "json"])

@@ -14,7 +14,6 @@ import tracemalloc
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -22,10 +21,10 @@ import pytest
 import fastsmsing
 import smsproxy
 from fastsmsing import FastSmsingError, InMemoryClient, Message, RejectedError
-from helpers import HANG, Gate, Recorder, Scripted
+from helpers import HANG, Gate, Grouping, Recorder, Scripted
 from smsproxy import (
     FINAL_STATUSES, TRANSITIONS, ClientResult, ClientStatistics, ClosedError, DuplicateMessageError, IdempotencyError,
-    InMemoryRepository, MessageStatus, Metrics, OverloadedError, RepositoryUnavailableError, SendingResult,
+    InMemoryRepository, MessageStatus, Metrics, OverloadedError, Repository, RepositoryUnavailableError, SendingResult,
     SendMessage, SmsProxy, SmsProxyConfig, SmsProxyError, Statistics, StatusTransitionError, StatusUpdateError,
     StatusUpdater, UnknownMessageError, UnknownStatusError, ValidationError, check_transition,
     map_to_internal_status,
@@ -96,16 +95,6 @@ class Outbox(InMemoryRepository):
         super().save(message_id, message, fingerprint)
         if message is not None:
             self.waiting[message_id] = (time.time(), message)
-
-    def save_later(self, message_id: str, message: Message, fingerprint: bytes | None) -> Future[None]:
-        saved: Future[None] = Future()
-        try:
-            self.save(message_id, message, fingerprint)
-        except Exception as error:
-            saved.set_exception(error)
-        else:
-            saved.set_result(None)
-        return saved
 
     def update_all(self, updates: Mapping[str, MessageStatus]) -> dict[str, SmsProxyError]:
         self._refuse()
@@ -981,17 +970,19 @@ def test_an_overload_does_not_use_up_a_key() -> None:
     assert len(gate.ids) == 1
 
 
-@pytest.mark.parametrize("durable", [False, True])
-def test_one_key_from_many_threads_is_one_message(durable: bool) -> None:
+@pytest.mark.parametrize("make", [InMemoryRepository, Outbox])
+@pytest.mark.parametrize("together", [1, 10, 50])
+def test_one_key_from_many_threads_is_one_message(make: Callable[[], Repository], together: int) -> None:
     provider, barrier = Recorder(), threading.Barrier(8)
-    answers: queue.Queue[SendingResult] = queue.Queue()
-    with SmsProxy(provider, ONE_BY_ONE, repository=Outbox() if durable else InMemoryRepository()) as proxy:
+    answers: queue.Queue[Any] = queue.Queue()
+    with SmsProxy(provider, ONE_BY_ONE, repository=make()) as proxy:
 
         def work() -> None:
             barrier.wait(HANG)
-            for number in range(50):
-                key = f"key {number}"
-                answers.put(proxy.send_later(HELLO, key).result(HANG) if durable else proxy.send(HELLO, key))
+            for start in range(0, 50, together):
+                keys = [f"key {number}" for number in range(start, start + together)]
+                for answer in proxy.send_all([(HELLO, key) for key in keys]):
+                    answers.put(answer)
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
         for thread in threads:
@@ -1001,6 +992,172 @@ def test_one_key_from_many_threads_is_one_message(durable: bool) -> None:
     ids = Counter(answer.id for answer in answers.queue)
     assert (set(ids.values()), len(ids)) == ({8}, 50)
     assert sorted(provider.ids) == sorted(ids)
+
+
+# The facade: accepting many at once
+
+
+WRONG = SendMessage("+1", "hello")
+BYE = SendMessage(NUMBER, "bye")
+
+
+def together(proxy: SmsProxy, *messages: SendMessage | tuple[SendMessage, str]) -> list[Any]:
+    """What `send_all` returns, the type alone of what was refused."""
+    items = [message if isinstance(message, tuple) else (message, None) for message in messages]
+    return [each if isinstance(each, SendingResult) else type(each) for each in proxy.send_all(items)]
+
+
+def test_each_of_a_group_is_told_its_id_in_order() -> None:
+    provider = Recorder()
+    texts = [f"text {number}" for number in range(25)]
+    with SmsProxy(provider, SmsProxyConfig(batch_size=4, senders=1)) as proxy:
+        results = together(proxy, *(SendMessage(NUMBER, text) for text in texts))
+    assert [(message.message_id, message.message) for batch in provider.batches for message in batch] == [
+        (result.id, text) for result, text in zip(results, texts)
+    ]
+
+
+def test_a_group_is_accepted_and_queued_when_send_all_returns() -> None:
+    with SmsProxy(Recorder(), LINGERING) as proxy:
+        ids = [result.id for result in together(proxy, HELLO, HELLO, (HELLO, "the key"))]
+        assert proxy.gauges()["smsproxy_messages_accepted_total"] == 3
+        assert [proxy.get_status(message_id) for message_id in ids] == [ACCEPTED] * 3
+
+
+def test_a_group_is_saved_as_one() -> None:
+    repository = Grouping()
+    with SmsProxy(Recorder(), repository=repository) as proxy:
+        ids = [result.id for result in together(proxy, HELLO, (HELLO, "the key"), HELLO)]
+    assert repository.groups == [ids]
+
+
+def test_a_group_of_none_is_no_error() -> None:
+    with SmsProxy(Recorder()) as proxy:
+        assert proxy.send_all([]) == []
+
+
+def test_a_wrong_message_costs_the_others_of_its_group_nothing() -> None:
+    provider = Recorder()
+    with SmsProxy(provider, SmsProxyConfig(batch_size=3, senders=1)) as proxy:
+        results = together(proxy, HELLO, WRONG, (HELLO, "the key"), (WRONG, "the key"), BYE)
+    assert (results[1], results[3]) == (ValidationError, ValidationError)
+    assert provider.ids == [results[place].id for place in (0, 2, 4)]
+
+
+def test_with_room_for_some_of_a_group_the_first_valid_ones_are_accepted() -> None:
+    gate = Gate()
+    with SmsProxy(gate, SmsProxyConfig(batch_size=1, max_pending=2, senders=1)) as proxy:
+        results = together(proxy, WRONG, HELLO, WRONG, HELLO, BYE, (BYE, "the key"))
+        gate.opened.set()
+    assert [results[place] for place in (0, 2, 4, 5)] == [ValidationError] * 2 + [OverloadedError] * 2
+    assert gate.ids == [results[1].id, results[3].id]
+
+
+def test_a_stopped_proxy_refuses_each_of_a_group() -> None:
+    proxy = SmsProxy(Recorder())
+    proxy.stop(HANG)
+    assert together(proxy, HELLO, WRONG, (HELLO, "the key")) == [ClosedError, ValidationError, ClosedError]
+
+
+def test_a_durable_proxy_refuses_each_of_a_group_before_its_start() -> None:
+    repository = Outbox()
+    proxy = SmsProxy(Recorder(), repository=repository)
+    assert together(proxy, HELLO, WRONG, (HELLO, "the key")) == [ClosedError, ValidationError, ClosedError]
+    proxy.stop(HANG)
+    assert repository.waiting == {}
+
+
+@pytest.mark.parametrize("error", [RepositoryUnavailableError("disk full"), RuntimeError("broken")])
+def test_a_group_that_cannot_be_saved_is_refused_and_sends_nothing(error: Exception) -> None:
+    class Broken(Grouping):
+        def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
+            raise error
+
+    provider = Recorder()
+    with SmsProxy(provider, ONE_BY_ONE, repository=Broken()) as proxy:
+        assert together(proxy, HELLO, WRONG, (HELLO, "the key")) == [type(error), ValidationError, type(error)]
+        assert proxy.gauges()["smsproxy_pending_messages"] == 0
+    assert provider.batches == []
+
+
+def test_what_saving_raises_for_one_of_a_group_is_told_to_that_one() -> None:
+    class Choosy(InMemoryRepository):
+        def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
+            if message is not None and message.message == "bye":
+                raise RepositoryUnavailableError("not this one")
+            super().save(message_id, message, fingerprint)
+
+    provider = Recorder()
+    with SmsProxy(provider, SmsProxyConfig(batch_size=2, senders=1), repository=Choosy()) as proxy:
+        first, refused, last = together(proxy, HELLO, BYE, HELLO)
+    assert (provider.ids, refused) == ([first.id, last.id], RepositoryUnavailableError)
+
+
+@pytest.mark.parametrize("make", [InMemoryRepository, Outbox, Grouping])
+def test_a_key_repeated_in_a_group_gets_the_same_id_and_is_sent_once(make: Callable[[], Repository]) -> None:
+    provider = Recorder()
+    with SmsProxy(provider, ONE_BY_ONE, repository=make()) as proxy:
+        first, again, other = together(proxy, (HELLO, "the key"), (HELLO, "the key"), (HELLO, "another key"))
+        assert together(proxy, (HELLO, "another key"), (HELLO, "the key")) == [other, first]
+    assert (again, sorted(provider.ids)) == (first, sorted([first.id, other.id]))
+
+
+@pytest.mark.parametrize("make", [InMemoryRepository, Outbox, Grouping])
+def test_another_message_under_a_key_of_the_same_group_is_refused(make: Callable[[], Repository]) -> None:
+    provider = Recorder()
+    with SmsProxy(provider, ONE_BY_ONE, repository=make()) as proxy:
+        first, refused, again = together(proxy, (HELLO, "the key"), (BYE, "the key"), (HELLO, "the key"))
+    assert (refused, again, provider.ids) == (IdempotencyError, first, [first.id])
+
+
+def test_an_id_is_generated_for_each_message_without_a_key_and_for_no_other() -> None:
+    ids = iter(["a", "b", "c"])
+    with SmsProxy(Recorder(), generate_id=lambda: next(ids)) as proxy:
+        results = together(proxy, HELLO, (HELLO, "the key"), WRONG, HELLO)
+        assert [results[0].id, results[3].id, proxy.send(HELLO).id] == ["a", "b", "c"]
+
+
+def test_an_id_generated_twice_in_a_group_is_refused_the_second_time() -> None:
+    provider = Recorder()
+    with SmsProxy(provider, ONE_BY_ONE, generate_id=lambda: "my-id") as proxy:
+        assert together(proxy, HELLO, HELLO) == [SendingResult("my-id"), DuplicateMessageError]
+    assert provider.ids == ["my-id"]
+
+
+def test_an_id_that_cannot_be_generated_costs_only_its_message() -> None:
+    script: list[Any] = ["a", RuntimeError("out of IDs"), "b"]
+
+    def generate() -> str:
+        following = script.pop(0)
+        if isinstance(following, Exception):
+            raise following
+        return str(following)
+
+    with SmsProxy(Recorder(), generate_id=generate) as proxy:
+        assert together(proxy, HELLO, HELLO, HELLO) == [SendingResult("a"), RuntimeError, SendingResult("b")]
+
+
+def test_the_ids_of_a_group_are_different_uuid4s() -> None:
+    with SmsProxy(Recorder()) as proxy:
+        ids = [result.id for result in together(proxy, *[HELLO] * 100, *((HELLO, f"key {n}") for n in range(100)))]
+    found = [uuid.UUID(each) for each in ids]
+    assert {(each.version, each.variant) for each in found} == {(4, uuid.RFC_4122)}
+    assert ([str(each) for each in found], len(set(ids))) == (ids, 200)
+
+
+def test_the_random_bits_of_ids_come_from_the_system_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, asked = random.Random(7).randbytes(16 * 300), list[int]()
+
+    def urandom(size: int) -> bytes:
+        asked.append(size)
+        return data[:size]
+
+    with SmsProxy(Recorder()) as proxy:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.urandom", urandom)
+            ids = [result.id for result in together(proxy, *[HELLO] * 300)]
+    assert (asked, len(set(ids))) == ([len(data)], 300)
+    assert ids == [str(uuid.UUID(bytes=data[at : at + 16], version=4)) for at in range(0, len(data), 16)]
 
 
 # The facade: start and stop
@@ -1245,39 +1402,6 @@ def test_giving_up_does_not_wait_for_an_updater_that_hangs(no_grace: None) -> No
 
 
 # The facade: durable
-
-
-def test_send_later_accepts_like_send() -> None:
-    provider = Recorder()
-    with SmsProxy(provider, repository=Outbox()) as proxy:
-        message_id = proxy.send_later(HELLO).result(HANG).id
-        assert proxy.get_status(message_id) is ACCEPTED
-    assert provider.ids == [message_id]
-
-
-def test_send_later_raises_at_once_what_can_be_told_at_once() -> None:
-    proxy = SmsProxy(Recorder(), repository=Outbox())
-    with pytest.raises(ValidationError):
-        proxy.send_later(SendMessage("+1", "hello"))
-    proxy.stop(HANG)
-    with pytest.raises(ClosedError):
-        proxy.send_later(HELLO)
-
-
-def test_send_later_knows_a_repeat_from_another_message() -> None:
-    with SmsProxy(Recorder(), repository=Outbox()) as proxy:
-        first = proxy.send_later(HELLO, "the key").result(HANG)
-        assert proxy.send_later(HELLO, "the key").result(HANG) == first
-        assert isinstance(proxy.send_later(SendMessage("1", "x"), "the key").exception(HANG), IdempotencyError)
-
-
-def test_send_later_passes_on_what_saving_raises() -> None:
-    class Broken(Outbox):
-        def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
-            raise RepositoryUnavailableError("disk full")
-
-    with SmsProxy(Recorder(), repository=Broken()) as proxy:
-        assert isinstance(proxy.send_later(HELLO).exception(HANG), RepositoryUnavailableError)
 
 
 def test_a_start_sends_what_an_earlier_process_left_in_order() -> None:

@@ -6,6 +6,7 @@ connection's trace callback, which runs in the writer's thread right before a st
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import shutil
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from pathlib import Path
@@ -47,6 +48,13 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Broken(dict[str, MessageStatus]):
+    """Updates that cannot be read."""
+
+    def items(self) -> Any:
+        raise RuntimeError("broken mapping")
 
 
 class Held:
@@ -103,14 +111,53 @@ def outbox(repository: SqliteRepository) -> list[str]:
     return [each.message_id for _, each in repository.outbox()]
 
 
-def settle(futures: list[Future[None]]) -> list[BaseException | None]:
+def settle(futures: list[Future[Any]]) -> list[BaseException | None]:
     """Waits for all and returns their errors."""
     assert not wait_for_futures(futures, HANG).not_done, "a caller hangs"
     return [future.exception() for future in futures]
 
 
-def later(repository: SqliteRepository, *ids: Any) -> list[Future[None]]:
-    return [repository.save_later(message_id, message(message_id), None) for message_id in ids]
+def queued(repository: SqliteRepository, *calls: Callable[[], Any]) -> list[Future[Any]]:
+    """Runs each call in a thread of its own, the next one once this one waits for the writer or was refused."""
+    submit, waiting = repository._submit, threading.Semaphore(0)
+
+    def submitted(change: Any) -> Future[Any]:
+        try:
+            return submit(change)
+        finally:
+            waiting.release()
+
+    pool, futures = ThreadPoolExecutor(len(calls)), list[Future[Any]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repository, "_submit", submitted)
+        for call in calls:
+            futures.append(pool.submit(call))
+            assert waiting.acquire(timeout=HANG), "the call never came to the writer"
+    pool.shutdown(wait=False)
+    return futures
+
+
+def later(repository: SqliteRepository, *ids: Any, text: str = TEXT) -> list[Future[Any]]:
+    """Saves in this order, without waiting for the disk."""
+    return queued(repository, *(functools.partial(repository.save, each, message(each, text)) for each in ids))
+
+
+def group(*ids: Any, text: str = TEXT) -> list[tuple[Message, bytes | None]]:
+    """Messages for `save_all`; the fingerprint of each one tells its place."""
+    return [(message(each, text), f"{place}".encode()) for place, each in enumerate(ids)]
+
+
+def kinds(errors: Iterable[BaseException | None]) -> list[type[BaseException] | None]:
+    return [None if error is None else type(error) for error in errors]
+
+
+@pytest.fixture(autouse=True)
+def every_thread_ends() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(HANG)
+        assert not thread.is_alive(), f"{thread.name} was left behind"
 
 
 @pytest.fixture
@@ -214,7 +261,7 @@ class TestOpening:
     @pytest.mark.parametrize("damage", ["cut short", "overwritten"])
     def test_a_damaged_database_is_refused(self, path: str, damage: str) -> None:
         with opened(path) as repository:
-            settle([repository.save_later(f"{number}", message(f"{number}", LARGE), None) for number in range(20)])
+            settle(later(repository, *(f"{number}" for number in range(20)), text=LARGE))
         if damage == "cut short":
             os.truncate(path, 4096 * 3)
         else:
@@ -468,8 +515,8 @@ class TestGroups:
             repository.save(message_id)
         repository.update("b", FAILED)
         refused = repository.update_all({"a": CONFIRMED, "b": DELIVERED, "x": CONFIRMED, "c": DELIVERED})
-        kinds = {message_id: type(error) for message_id, error in refused.items()}
-        assert kinds == {"b": StatusTransitionError, "x": UnknownMessageError}
+        found = {message_id: type(error) for message_id, error in refused.items()}
+        assert found == {"b": StatusTransitionError, "x": UnknownMessageError}
         assert [repository.get(message_id) for message_id in "abcx"] == [CONFIRMED, FAILED, DELIVERED, NOT_FOUND]
 
     def test_an_empty_mapping_is_no_error(self, repository: SqliteRepository) -> None:
@@ -502,8 +549,7 @@ class TestGroups:
             first = later(repository, "first")
             held.wait()
             rest = later(repository, "a", "first", "b")
-        kinds = [type(error) for error in settle(first + rest)]
-        assert kinds == [type(None), type(None), DuplicateMessageError, type(None)]
+        assert kinds(settle(first + rest)) == [None, None, DuplicateMessageError, None]
         assert (held.words.count("BEGIN"), outbox(repository)) == (2, ["first", "a", "b"])
 
     @pytest.mark.parametrize("bad", ["\ud800", ("x",), 2**70], ids=["surrogate", "tuple", "giant"])
@@ -527,8 +573,8 @@ class TestGroups:
         updater.updates.put({"a": "CONFIRMED", "x": "CONFIRMED", "b": "EATEN"})
         assert updater.stop(HANG)
         errors = [updater.errors.get_nowait() for _ in range(updater.errors.qsize())]
-        kinds = {error.message_id: type(error.error) for error in errors if error is not None}
-        assert kinds == {"x": UnknownMessageError, "b": UnknownStatusError}
+        found = {error.message_id: type(error.error) for error in errors if error is not None}
+        assert found == {"x": UnknownMessageError, "b": UnknownStatusError}
         assert (repository.get("a"), repository.get("b"), words.count("COMMIT")) == (CONFIRMED, ACCEPTED, 1)
 
     def test_a_read_does_not_wait_for_the_writer(self, repository: SqliteRepository) -> None:
@@ -540,37 +586,78 @@ class TestGroups:
         assert found == (ACCEPTED, NOT_FOUND, ["a"], False)
         settle([future])
 
-    def test_save_later_does_not_wait_and_refuses_when_too_much_waits(
-        self, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch
+    def test_messages_saved_together_are_one_transaction(self, repository: SqliteRepository) -> None:
+        words = statements(repository)
+        assert repository.save_all(group(*(f"{number}" for number in range(100)))) == [None] * 100
+        assert (words.count("INSERT"), words.count("BEGIN"), words.count("COMMIT")) == (100, 1, 1)
+
+    def test_messages_saved_together_are_in_the_outbox_in_their_order(self, repository: SqliteRepository) -> None:
+        repository.save_all(group("z", "a", "m"))
+        repository.save_all(group("0", "Z"))
+        assert outbox(repository) == ["z", "a", "m", "0", "Z"]
+
+    def test_messages_saved_together_keep_numbers_texts_and_the_time(self, path: str) -> None:
+        messages = [Message("1", "one", "a"), Message("2", "two", "b")]
+        with opened(path, clock=Clock(5.25)) as repository:
+            repository.save_all([(each, None) for each in messages])
+            assert list(repository.outbox()) == [(5.25, each) for each in messages]
+
+    def test_no_messages_saved_together_are_no_error(self, repository: SqliteRepository) -> None:
+        assert repository.save_all([]) == []
+
+    def test_a_duplicate_among_messages_saved_together_costs_only_itself(self, repository: SqliteRepository) -> None:
+        repository.save("b", message("b"), b"earlier")
+        words = statements(repository)
+        errors = repository.save_all(group("a", "b", "c"))
+        assert kinds(errors) == [None, DuplicateMessageError, None]
+        assert (getattr(errors[1], "message_id", None), getattr(errors[1], "fingerprint", None)) == ("b", b"earlier")
+        assert (outbox(repository), words.count("COMMIT")) == (["b", "a", "c"], 1)
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            (NUMBER, TEXT, object()), (NUMBER, TEXT, "\ud800"), (NUMBER, TEXT, 2**70), (NUMBER, "\ud800", "x"),
+            (object(), TEXT, "x"),
+        ],
+        ids=["object", "surrogate", "giant", "text", "number"],
+    )  # fmt: skip
+    def test_an_unusable_row_among_messages_saved_together_costs_only_itself(
+        self, repository: SqliteRepository, bad: tuple[Any, ...]
     ) -> None:
-        monkeypatch.setattr(sqlite_repository, "JOBS_WAITING", 3)
-        with Held(repository, "COMMIT") as held:
-            first = later(repository, "first")
-            held.wait()
-            rest = later(repository, "a", "b", "c")
-            with pytest.raises(OverloadedError):
-                later(repository, "d")
-            assert not any(future.done() for future in rest)
-        assert settle(first + rest) == [None] * 4
-        assert settle(later(repository, "d")) == [None]
-        assert outbox(repository) == ["first", "a", "b", "c", "d"]
+        words = statements(repository)
+        errors = repository.save_all([*group("a"), (Message(*bad), None), *group("c")])
+        assert (errors[0], isinstance(errors[1], sqlite_repository.UNUSABLE), errors[2]) == (None, True, None)
+        assert (outbox(repository), words.count("COMMIT")) == (["a", "c"], 1)
 
-    def test_a_save_waits_for_room(self, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sqlite_repository, "JOBS_WAITING", 2)
-        with Held(repository, "COMMIT") as held, ThreadPoolExecutor(10) as pool:
-            first = later(repository, "first")
-            held.wait()
-            rest = [pool.submit(repository.save, f"{number}", message(f"{number}")) for number in range(10)]
-            held.open()
-            assert settle(first + rest) == [None] * 11
-        assert sorted(outbox(repository)) == sorted(["first", *(f"{number}" for number in range(10))])
+    def test_an_id_given_twice_among_messages_saved_together_is_saved_once(self, repository: SqliteRepository) -> None:
+        [won, lost] = repository.save_all([(message("a", "first"), b"1"), (message("a", "second"), b"2")])
+        assert (won, type(lost), getattr(lost, "fingerprint", None)) == (None, DuplicateMessageError, b"1")
+        assert [each for _, each in repository.outbox()] == [message("a", "first")]
 
-    def test_a_caller_that_gives_up_waiting_does_not_take_the_change_back(self, repository: SqliteRepository) -> None:
+    def test_messages_saved_together_and_others_share_one_commit(self, repository: SqliteRepository) -> None:
         with Held(repository, "COMMIT") as held:
-            [future] = later(repository, "a")
+            futures = later(repository, "first")
             held.wait()
-            assert not future.cancel()
-        assert (settle([future]), outbox(repository)) == ([None], ["a"])
+            futures += later(repository, "a")
+            futures += queued(repository, lambda: repository.save_all(group("b", "a", "c")))
+            futures += later(repository, "c", "d")
+        assert kinds(settle(futures)) == [None, None, None, DuplicateMessageError, None]
+        assert kinds(futures[2].result(HANG)) == [None, DuplicateMessageError, None]
+        assert (held.words.count("COMMIT"), outbox(repository)) == (2, ["first", "a", "b", "c", "d"])
+
+    def test_a_change_that_raises_does_not_disturb_messages_saved_together(self, repository: SqliteRepository) -> None:
+        with Held(repository, "COMMIT") as held:
+            futures = later(repository, "first")
+            held.wait()
+            futures += queued(
+                repository,
+                lambda: repository.save_all(group("a", "first")),
+                lambda: repository.update_all(Broken(a=CONFIRMED)),
+                lambda: repository.save_all(group("b")),
+            )
+        assert kinds(settle(futures)) == [None, None, RuntimeError, None]
+        assert kinds(futures[1].result(HANG)) == [None, DuplicateMessageError]
+        assert outbox(repository) == ["first", "a", "b"]
 
 
 class TestTrouble:
@@ -579,12 +666,13 @@ class TestTrouble:
         before = (outbox(repository), repository.get("a"))
         calls: list[Callable[[], object]] = [
             lambda: repository.save("b", message("b", LARGE)),
-            lambda: repository.save_later("b", message("b", LARGE), None).result(HANG),
+            lambda: repository.save_all(group("c", "a", "b", text=LARGE)),
         ]
         for call in calls:
             with pytest.raises(RepositoryUnavailableError, match=reason):
                 call()
-        assert (outbox(repository), repository.get("a"), repository.get("b")) == (*before, NOT_FOUND)
+        assert (outbox(repository), repository.get("a")) == before
+        assert (repository.get("b"), repository.get("c")) == (NOT_FOUND, NOT_FOUND)
 
     def works(self, repository: SqliteRepository) -> None:
         repository.save("b", message("b", LARGE))
@@ -625,8 +713,7 @@ class TestTrouble:
         with Held(repository, "COMMIT") as held:
             first = later(repository, "b")
             held.wait()
-            rest = later(repository, "c")
-            rest.append(repository.save_later("d", message("d", LARGE), None))
+            rest = later(repository, "c") + later(repository, "d", text=LARGE)
         assert settle(first) == [None]
         assert [type(error) for error in settle(rest)] == [RepositoryUnavailableError] * 2
         assert outbox(repository) == ["a", "b"]
@@ -687,34 +774,7 @@ class TestTrouble:
             held.wait()
             assert ["does not answer" in reason for reason in proxy.health()] == [True]
 
-    def test_health_does_not_wait_for_room(self, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sqlite_repository, "BUSY_TIMEOUT", 0.01)
-        monkeypatch.setattr(sqlite_repository, "JOBS_WAITING", 1)
-        with SmsProxy(Recorder(), repository=repository) as proxy, ThreadPoolExecutor(1) as pool:
-            with Held(repository, "COMMIT") as held:
-                later(repository, "a")
-                held.wait()
-                later(repository, "b")
-                assert len(pool.submit(proxy.health).result(HANG / 3)) == 1
-
-    def test_a_callback_that_raises_harms_nobody(
-        self, repository: SqliteRepository, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        def fail(done: Future[None]) -> None:
-            raise RuntimeError("a callback's own")
-
-        with Held(repository, "COMMIT") as held:
-            futures = later(repository, "a", "b")
-            held.wait()
-            futures[0].add_done_callback(fail)
-        assert settle(futures + later(repository, "c")) == [None] * 3
-        assert outbox(repository) == ["a", "b", "c"]
-
     def test_a_change_that_raises_fails_its_caller_and_nobody_else(self, repository: SqliteRepository) -> None:
-        class Broken(dict[str, MessageStatus]):
-            def items(self) -> Any:
-                raise RuntimeError("broken mapping")
-
         repository.save("a", message("a"))
         with pytest.raises(RuntimeError, match="broken mapping"):
             repository.update_all(Broken(a=CONFIRMED))
@@ -737,6 +797,27 @@ class TestTrouble:
             broken.clear()
             self.works(repository)
 
+    def test_an_error_of_the_writer_itself_does_not_end_it(self, path: str, caplog: pytest.LogCaptureFixture) -> None:
+        clock, broken, raised = Clock(), threading.Event(), threading.Event()
+
+        def read() -> float:
+            if broken.is_set():
+                broken.clear()
+                raised.set()
+                raise RuntimeError("broken clock")
+            return clock()
+
+        with opened(path, clock=read) as repository:
+            repository.save("final")
+            repository.update("final", DELIVERED)  # now the writer looks at the clock after each group
+            with Held(repository, "COMMIT") as held:
+                futures = later(repository, "a")
+                held.wait()
+                broken.set()
+            assert (settle(futures), raised.wait(HANG)) == ([None], True)
+            self.works(repository)
+        assert "broken clock" in caplog.text
+
 
 class TestClosing:
     def test_it_commits_what_waits(self, path: str) -> None:
@@ -757,7 +838,7 @@ class TestClosing:
             repository.save("a", message("a"))
         calls: list[Callable[[], object]] = [
             lambda: repository.save("b"),
-            lambda: repository.save_later("b", message("b"), None),
+            lambda: repository.save_all(group("b")),
             lambda: repository.get("a"),
             lambda: repository.update("a", CONFIRMED),
             lambda: repository.update_all({"a": CONFIRMED}),
@@ -802,12 +883,11 @@ class TestClosing:
             repository.close()
             assert all(done.result(HANG) <= {ACCEPTED} for done in reads)
 
-    @pytest.mark.parametrize("room", [1, 10_000])
+    @pytest.mark.parametrize("together", [1, 5])
     @pytest.mark.parametrize("moment", [1, 20, 100])
     def test_a_caller_is_answered_truly_or_refused_whenever_it_closes(
-        self, path: str, monkeypatch: pytest.MonkeyPatch, room: int, moment: int
+        self, path: str, together: int, moment: int
     ) -> None:
-        monkeypatch.setattr(sqlite_repository, "JOBS_WAITING", room)
         repository = SqliteRepository(path)
         acknowledged: queue.Queue[str] = queue.Queue()
 
@@ -816,8 +896,10 @@ class TestClosing:
             with contextlib.suppress(RepositoryUnavailableError):
                 while True:
                     number += 1
-                    repository.save(f"{name}-{number}", message(f"{name}-{number}"))
-                    acknowledged.put(f"{name}-{number}")
+                    ids = [f"{name}-{number}-{place}" for place in range(together)]
+                    assert repository.save_all(group(*ids)) == [None] * together
+                    for message_id in ids:
+                        acknowledged.put(message_id)
 
         with ThreadPoolExecutor(8) as pool:
             callers = [pool.submit(call, name) for name in range(8)]
@@ -962,11 +1044,11 @@ class Crashing(SqliteRepository):
         super().__init__(path)
         self._step, self._images = step, images
 
-    def save_later(self, message_id: str, message: Message, fingerprint: bytes | None) -> Future[None]:
-        saved = super().save_later(message_id, message, fingerprint)
-        if self._step == "committed":  # the first callback: nobody else knows yet
-            saved.add_done_callback(lambda done: self._images.take())
-        return saved
+    def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
+        errors = super().save_all(messages)
+        if self._step == "committed":  # nobody else knows yet
+            self._images.take()
+        return errors
 
     def handed_over(self, message_ids: Any) -> None:
         ids = list(message_ids)
@@ -1022,15 +1104,14 @@ class TestCrashes:
         """Accepts so many messages, hands them over as one batch, stops cleanly; returns their IDs."""
         proxy = SmsProxy(client, WAITS, repository=repository)
         with contextlib.closing(repository), proxy:
-            accepted = [proxy.send_later(SendMessage(NUMBER, f"{number}")) for number in range(texts)]
-            return [future.result(HANG).id for future in accepted]
+            return [proxy.send(SendMessage(NUMBER, f"{number}")).id for number in range(texts)]
 
     def test_before_the_commit_nothing_was_promised_and_nothing_is_sent(self, path: str, images: Images) -> None:
         client = Recorder()
         with opened(path) as repository, SmsProxy(client, WAITS, repository=repository) as proxy:
             before = proxy.send(SendMessage(NUMBER, TEXT)).id
             with Held(repository, "COMMIT") as held:
-                answer = proxy.send_later(SendMessage(NUMBER, TEXT))
+                [answer] = queued(repository, lambda: proxy.send(SendMessage(NUMBER, TEXT)))
                 held.wait()
                 images.take()
                 assert not answer.done()
@@ -1122,11 +1203,10 @@ class TestCrashes:
     def test_an_idempotency_key_is_known_after_a_restart(self, path: str, images: Images) -> None:
         repository = Crashing(path, "committed", images)
         with contextlib.closing(repository), SmsProxy(Recorder(), WAITS, repository=repository) as proxy:
-            first = proxy.send_later(SendMessage(NUMBER, TEXT), "order-7").result(HANG).id
+            first = proxy.send(SendMessage(NUMBER, TEXT), "order-7").id
         client = Recorder()
         with opened(images.taken[0]) as image, SmsProxy(client, WAITS, repository=image) as proxy:
             assert proxy.send(SendMessage(NUMBER, TEXT), "order-7").id == first
-            assert proxy.send_later(SendMessage(NUMBER, TEXT), "order-7").result(HANG).id == first
             with pytest.raises(IdempotencyError):
                 proxy.send(SendMessage(NUMBER, "another text"), "order-7")
         assert client.ids == [first]
@@ -1163,8 +1243,6 @@ class TestRestarts:
             assert proxy.gauges()["smsproxy_pending_messages"] == 25
             with pytest.raises(OverloadedError):
                 proxy.send(SendMessage(NUMBER, TEXT))
-            with pytest.raises(OverloadedError):
-                proxy.send_later(SendMessage(NUMBER, TEXT))
             client.opened.set()
             client.wait_for(lambda batches: len(batches) == 5)
         assert client.ids == ids

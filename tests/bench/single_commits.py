@@ -10,4 +10,5 @@ import main  # noqa: E402
 import sqlite_repository  # noqa: E402
 
 sqlite_repository.GROUP = 1
+del sqlite_repository.SqliteRepository.save_all  # the messages of a group are then saved one by one
 sys.exit(main.main())
