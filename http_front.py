@@ -57,7 +57,6 @@ ABSOLUTE_FORM = re.compile(r"(?i:https?)://[^/?#]+")  # RFC 9112, 3.2.2
 DIGITS = re.compile(r"[0-9]+")  # RFC 9110, 8.6: int() would take "+5", "5_0" and other scripts' digits
 NUMBER = re.compile(r"/[0-9+%]{4,}(?![^/])")
 BARE_LF = re.compile(rb"(?<!\r)\n")
-STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +132,17 @@ def _body_length(headers: dict[str, str], command: str, old: bool, most: int) ->
     return int(digits)
 
 
+@functools.lru_cache(64)  # most answers have one of a few heads
+def answer_head(status: int, length: int, content_type: str, connection: str) -> bytes:
+    """The head of an answer, up to the fields of its own and the date."""
+    head = f"HTTP/1.1 {status:d} {HTTPStatus(status).phrase}\r\nContent-Length: {length}\r\n"
+    if length:
+        head += f"Content-Type: {content_type}\r\n"
+    if connection:
+        head += f"Connection: {connection}\r\n"
+    return head.encode("latin-1")
+
+
 class FrontHandler(BaseHTTPRequestHandler):
     """One connection of a `FrontServer`, driven by its loop; subclasses add `do_<METHOD>` methods.
 
@@ -182,24 +192,29 @@ class FrontHandler(BaseHTTPRequestHandler):
         content_type: str = "application/json",
     ) -> None:
         """Answers the current request as a whole; it leaves at the end of the turn, or as fast as the peer reads."""
-        close = self._finished = self.close_connection or self.server.closing
-        head = f"{STATUS_LINES[status]}{self.server.date}Content-Length: {len(body)}\r\n"
-        if body:
-            head += f"Content-Type: {content_type}\r\n"
+        self._finished = self.close_connection or self.server.closing
+        connection = "close" if self._finished else "keep-alive" if self.request_version == "HTTP/1.0" else ""
+        head = answer_head(status, len(body), content_type, connection)
         if headers:
-            head += "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        if close:
-            head += "Connection: close\r\n"
-        elif self.request_version == "HTTP/1.0":
-            head += "Connection: keep-alive\r\n"
-        data = head.encode("latin-1") + b"\r\n"
+            head += "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1")
+        self._out += head + self.server.date
+        if self.command != "HEAD":
+            self._out += body
+        self._touch()
         self.server.answers[status] += 1
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s %s %s %d", self.client_address[0], self.command, self._shown, status)
         self._length, self._reading = None, False
         if not self._stuck:
             self._set_deadline(self.server.limits.idle_timeout)
-        self._write(data if self.command == "HEAD" else data + body)
+
+    def fail(self, error: BaseException) -> None:
+        """Answers with the refusal that stands for the error, which is logged where there is none."""
+        refusal = self.translate(error)
+        if refusal is None:
+            log.error("%s %s failed", self.command, self._shown, exc_info=error)
+            refusal = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
+        self._refuse(refusal)
 
     def suspend(self) -> None:
         """The answer comes later, by `resume`; until then the next requests of this connection wait."""
@@ -331,10 +346,6 @@ class FrontHandler(BaseHTTPRequestHandler):
         else:
             self._advance()
 
-    def _write(self, data: bytes) -> None:
-        self._out += data
-        self._touch()
-
     def _finish(self) -> None:
         """Closes after the last answer. Bytes left unread would make the kernel send a reset, which can
         take the answer with it, so they are read and thrown away for a while (RFC 9112, 9.6)."""
@@ -379,14 +390,7 @@ class FrontHandler(BaseHTTPRequestHandler):
             if self._length is None:  # it has answered: a second answer would pass for the next request's
                 log.error("%s %s failed after its answer", self.command, self._shown, exc_info=error)
             else:
-                self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        refusal = self.translate(error)
-        if refusal is None:
-            log.error("%s %s failed", self.command, self._shown, exc_info=error)
-            refusal = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
-        self._refuse(refusal)
+                self.fail(error)
 
     def _refuse(self, refusal: HttpError) -> None:
         if refusal.close:
@@ -413,7 +417,7 @@ class FrontHandler(BaseHTTPRequestHandler):
         self.command, self.path = "-", "-"
         while buffer.startswith(b"\r\n"):  # RFC 9112, 2.2: empty lines before a request are skipped
             del buffer[:2]
-        end = buffer.find(b"\r\n\r\n", max(0, self._scanned - 3))
+        end = buffer.find(b"\r\n\r\n", self._scanned)
         if not 0 <= end <= self.server.limits.head:
             self._wait_for_head()
             return
@@ -432,13 +436,13 @@ class FrontHandler(BaseHTTPRequestHandler):
 
     def _wait_for_head(self) -> None:
         buffer, limits = self._buffer, self.server.limits
-        if BARE_LF.search(buffer, max(0, self._scanned - 1)):
+        if BARE_LF.search(buffer, self._scanned):
             raise HttpError(HTTPStatus.BAD_REQUEST, "a line ends without CR (RFC 9112, 2.2)", close=True)
         if len(buffer) > limits.head:
             if buffer.find(b"\r\n", 0, limits.target + 32) < 0:
                 raise HttpError(HTTPStatus.REQUEST_URI_TOO_LONG, "the request line is too long", close=True)
             raise HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the head is too large", close=True)
-        self._scanned = len(buffer)
+        self._scanned = max(0, len(buffer) - 3)  # the end may be split between two reads
         if buffer and not self._reading:
             self._reading = True
             self._set_deadline(limits.read_timeout)
@@ -449,9 +453,10 @@ class FrontHandler(BaseHTTPRequestHandler):
             self._check()
         except Exception as error:
             self.close_connection = self._lingering = True  # the body may come or not
-            self._fail(error)
+            self.fail(error)
         else:
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._out += b"HTTP/1.1 100 Continue\r\n\r\n"
+            self._touch()
 
     def _parse_line(self, line: str) -> None:
         match = REQUEST_LINE.fullmatch(line)
@@ -494,7 +499,7 @@ class FrontServer(HTTPServer):
         self.answers: Counter[int] = Counter()
         self.now = time.monotonic()
         self.soonest = NEVER  # no deadline of any connection is earlier
-        self.date = ""
+        self.date = b""  # the field of this second and the end of a head
         self._date_until = 0.0
         # Clients repeat their fields: a sixth of the time of a request, saved. Who changes them costs no more than
         # `FIELDS_KEPT` heads of memory.
@@ -608,7 +613,7 @@ class FrontServer(HTTPServer):
         self.now = time.monotonic()
         if self.now >= self._date_until:
             wall = time.time()
-            self.date = f"Date: {formatdate(int(wall), usegmt=True)}\r\n"
+            self.date = f"Date: {formatdate(int(wall), usegmt=True)}\r\n\r\n".encode()
             self._date_until = self.now + 1 - wall % 1
 
     def guard(self, call: Callable[..., None], *args: Any) -> None:

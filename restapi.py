@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Union
 from urllib.parse import unquote
 
 from http_front import FrontHandler, FrontServer, HttpError, Limits
@@ -82,25 +82,29 @@ class SmsServer(FrontServer):
         during one shares the next."""
         while self._posts and not self._saving:
             posts, self._posts = self._posts, []
-            if self.proxy.durable:
-                self._saving = True
-                saved = self.submit(self._send_all, posts)
-                saved.add_done_callback(lambda done: self.call_soon(self._saved, posts, done.result()))
-            else:
+            if not self.proxy.durable:
                 self._answer(posts, self._send_all(posts))
+                continue
+            try:
+                saved = self.submit(self._send_all, posts)
+            except RuntimeError as error:  # the system has no thread for us
+                self._answer(posts, [error] * len(posts))
+            else:
+                self._saving = True
+                saved.add_done_callback(lambda done: self.call_soon(self._saved, posts, done.result()))
 
-    def _send_all(self, posts: Sequence[_Post]) -> Sequence[SendingResult | Exception]:
+    def _send_all(self, posts: Sequence[_Post]) -> Sequence[_Result]:
         try:
             return self.proxy.send_all([(message, key) for _, message, key in posts])
-        except Exception as error:  # the boundary: each of them gets an answer
+        except (Exception, SystemExit) as error:  # the boundary: each of them gets an answer
             return [error] * len(posts)
 
-    def _saved(self, posts: Sequence[_Post], results: Sequence[SendingResult | Exception]) -> None:
+    def _saved(self, posts: Sequence[_Post], results: Sequence[_Result]) -> None:
         self._saving = False
         self.end_turn()  # first of all, so that the disk does not wait for the answers
         self._answer(posts, results)
 
-    def _answer(self, posts: Sequence[_Post], results: Sequence[SendingResult | Exception]) -> None:
+    def _answer(self, posts: Sequence[_Post], results: Sequence[_Result]) -> None:
         for (handler, _, _), result in zip(posts, results):
             self.guard(handler.resume, handler.accepted, result)
 
@@ -166,11 +170,12 @@ class SmsHandler(FrontHandler):
 
     do_HEAD = do_GET  # RFC 9110, 9.3.2: the front leaves the body out
 
-    def accepted(self, result: SendingResult | Exception) -> None:
-        """Answers with the ID, or raises why there is none."""
-        if isinstance(result, Exception):
-            raise result
-        self.answer(202, f'{{"ID": {_encode(result.id)}}}'.encode(), {"Location": f"/sms/{result.id}"})
+    def accepted(self, result: _Result) -> None:
+        """Answers with the ID, or why there is none."""
+        if isinstance(result, BaseException):
+            self.fail(result)
+        else:
+            self.answer(202, f'{{"ID": {_encode(result.id)}}}'.encode(), {"Location": f"/sms/{result.id}"})
 
     def _status(self, status: MessageStatus) -> None:
         self.answer(200, STATUS_BODIES[status])
@@ -191,7 +196,8 @@ class SmsHandler(FrontHandler):
             raise HttpError(HTTPStatus.UNAUTHORIZED, "a valid API key is needed", challenge)
 
 
-_Post = tuple[SmsHandler, SendMessage, "str | None"]
+_Post = tuple[SmsHandler, SendMessage, Optional[str]]
+_Result = Union[SendingResult, BaseException]
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -220,10 +226,11 @@ def _message(body: bytes) -> SendMessage:
         raise HttpError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object in UTF-8") from None
     if not isinstance(doc, dict):
         raise HttpError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object")
-    for name in FIELDS.values():
-        if name.lower() not in doc:
-            raise HttpError(HTTPStatus.BAD_REQUEST, f"{name} is missing")
-    return SendMessage(doc["phonenumber"], doc["content"])
+    try:
+        return SendMessage(doc["phonenumber"], doc["content"])
+    except KeyError:
+        missing = next(name for name in FIELDS.values() if name.lower() not in doc)
+        raise HttpError(HTTPStatus.BAD_REQUEST, f"{missing} is missing") from None
 
 
 def _exposition(proxy: SmsProxy, answers: Mapping[int, int]) -> str:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -516,14 +516,13 @@ class SimpleBatchingClient:
 
         Returns what `send` would raise for each of them, in their order.
         """
-        room = self._reserve(len(messages))
-        saved: list[Message] = []
+        room, refusal = self._reserve(len(messages))
+        errors: list[Exception | None] = []
         try:
-            errors = _save_all(self._repository, messages[:room])
-            saved += [message for (message, _), error in zip(messages, errors) if error is None]
+            errors = _save_all(self._repository, messages[:room]) if room else []
         finally:
-            self._enqueue(saved, room)
-        return errors + [OverloadedError("too many messages are pending") for _ in messages[room:]]
+            self._enqueue([message for (message, _), error in zip(messages, errors) if error is None], room)
+        return errors + [refusal] * (len(messages) - room)
 
     def restore(self, outbox: Iterable[tuple[float, Message]]) -> int:
         """Queues what an earlier process accepted, whatever `max_pending` says; returns how many."""
@@ -543,16 +542,19 @@ class SimpleBatchingClient:
             self._flush_until = self._queued
             self._condition.notify()
 
-    def _reserve(self, count: int) -> int:
-        """Takes places among the pending before anything is saved, so that nothing saved is refused; returns how many."""
+    def _reserve(self, count: int) -> tuple[int, Exception | None]:
+        """Takes places among the pending before anything is saved, so that nothing saved is refused.
+
+        Returns how many there were, and why there is none for the rest.
+        """
         with self._condition:
             if self._closing:
-                raise ClosedError("shutting down")
+                return 0, ClosedError("shutting down")
             if not self._threads:
                 self._start_threads()
             room = min(count, max(0, self._config.max_pending - self._pending))
             self._pending += room
-            return room
+            return room, OverloadedError("too many messages are pending")
 
     def _release(self, count: int) -> None:
         with self._condition:
@@ -804,18 +806,22 @@ def _persist(change: Callable[[], Any], hurry: threading.Event) -> Any:
 
 
 def _save_all(repository: Repository, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
-    """Saves the messages, together where the repository can; returns what it raised for each of them."""
+    """Saves the messages, together where the repository can; returns why some could not be."""
     if hasattr(repository, "save_all"):
-        errors: list[Exception | None] = repository.save_all(messages)
-        return errors
-    errors = []
+        try:
+            return list(repository.save_all(messages))
+        except Exception as error:  # whatever it is, each of them gets to know
+            return [error] * len(messages)
+    errors: list[Exception | None] = []
     for message, fingerprint in messages:
         try:
-            repository.save(message.message_id, message, *(() if fingerprint is None else (fingerprint,)))
+            if fingerprint is None:
+                repository.save(message.message_id, message)
+            else:
+                repository.save(message.message_id, message, fingerprint)
+            errors.append(None)
         except Exception as error:  # one that fails does not cost the others
             errors.append(error)
-        else:
-            errors.append(None)
     return errors
 
 
@@ -906,7 +912,9 @@ class StatusUpdater:
         failures = _update_all(self._repository, updates, self._hurry)
         for message_id, failure in failures.items():
             self._fail(message_id, updates.pop(message_id), failure)
-        for status, count in Counter(updates.values()).items():
+        applied = list(updates.values())
+        for status in set(applied):
+            count = applied.count(status)
             self._metrics.add("smsproxy_status_updates_total", "applied", count)
             if status in FINAL_STATUSES:
                 self._metrics.add("smsproxy_messages_final_total", status.value, count)
@@ -993,28 +1001,21 @@ class SmsProxy:
 
         Each is accepted or refused by itself: the result has the exception that `send` would raise for it.
         """
-        ids = _uuids(len(messages)) if self._generate_id is None else iter(self._generate_id, None)
+        ids = _uuids(len(messages)) if self._generate_id is None else iter(self._generate_id, object())
         results: list[SendingResult | Exception] = []
-        items: list[tuple[Message, bytes | None]] = []  # the valid ones
-        places: list[int] = []  # of their results
+        items: list[tuple[Message, bytes | None]] = []  # of those that are valid
         for message, key in messages:
             try:
                 items.append(self._identify(message, key, ids))
+                results.append(SendingResult(items[-1][0].message_id))
             except Exception as error:  # it is that message's alone
                 results.append(error)
-            else:
-                places.append(len(results))
-                results.append(SendingResult(items[-1][0].message_id))
-        try:
-            errors = self._batching.send_all(items)
-        except Exception as error:  # of them all
-            errors = [error] * len(items)
-        for place, (_, fingerprint), refusal in zip(places, items, errors):
-            if isinstance(refusal, DuplicateMessageError) and fingerprint is not None:
-                repeat = refusal.fingerprint == fingerprint
-                refusal = None if repeat else IdempotencyError("the idempotency key was used for another message")
-            if refusal is not None:
-                results[place] = refusal
+        errors = self._batching.send_all(items) if items else []
+        if any(errors):
+            places = [place for place, result in enumerate(results) if isinstance(result, SendingResult)]
+            for place, (_, fingerprint), refusal in zip(places, items, errors):
+                if refusal is not None:
+                    results[place] = _refusal(refusal, fingerprint) or results[place]
         return results
 
     def get_status(self, message_id: str) -> MessageStatus:
@@ -1080,6 +1081,15 @@ class SmsProxy:
         log.warning("a status update of message %r was not applied: %s", failed.message_id, failed.error)
 
 
+def _refusal(error: Exception, fingerprint: bytes | None) -> Exception | None:
+    """Why a message that could not be saved is refused; None if it came before under the same key."""
+    if fingerprint is None or not isinstance(error, DuplicateMessageError):
+        return error
+    if error.fingerprint == fingerprint:
+        return None
+    return IdempotencyError("the idempotency key was used for another message")
+
+
 def _uuid4(digits: str) -> str:
     """A version 4 UUID (RFC 9562, 5.4) of 32 random hexadecimal digits, as `uuid.UUID` would make it."""
     variant = "89ab"[int(digits[16], 16) & 3]
@@ -1093,14 +1103,15 @@ def _uuids(count: int) -> Iterator[str]:
 
 
 def _validate(message: SendMessage) -> None:
-    for name, value in (("phone_number", message.phone_number), ("message", message.message)):
+    number, text = message.phone_number, message.message
+    for name, value in (("phone_number", number), ("message", text)):
         if not isinstance(value, str):
             raise ValidationError(name, "must be a string")
         if not value:
             raise ValidationError(name, "must not be empty")
-    if not (message.phone_number.isascii() and message.phone_number.isdigit()):
+    if not (number.isascii() and number.isdigit()):
         raise ValidationError("phone_number", "must consist of the digits 0 to 9 only")
     try:
-        message.message.encode()
+        text.encode()
     except UnicodeEncodeError:  # could not be sent on
         raise ValidationError("message", "must not contain lone surrogates") from None

@@ -33,7 +33,8 @@ APPLICATION_ID = 0x534D5350  # "SMSP": tells our files from others (SQLite manua
 GROUP = 1_000  # changes in one commit at most, so that none waits long for the others
 BUSY_TIMEOUT = 5.0  # seconds to wait while someone else, say a backup, holds the file's lock
 PURGE_STEP = 500  # messages forgotten in one transaction: a few milliseconds between two groups
-UNUSABLE = (ValueError, OverflowError, sqlite3.InterfaceError, sqlite3.ProgrammingError)  # for what no ID can be
+# For what no ID can be.
+UNUSABLE = (ValueError, OverflowError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 PURGE_RETRY = 60.0  # seconds until the next try to forget when the file could not be written
 # Each script leads from the schema version that is its index to the next one.
 MIGRATIONS = (
@@ -257,7 +258,6 @@ class SqliteRepository:
     def _submit(self, change: _Change) -> Future[Any]:
         """Queues a change for the writer's next group."""
         future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()  # it will happen: nobody can cancel it
         with self._lock:
             if self._closed:
                 raise RepositoryUnavailableError(f"{self._path}: closed")
@@ -321,10 +321,7 @@ class SqliteRepository:
                 self._db.execute("BEGIN IMMEDIATE")
                 for culprit in group:
                     change, future = culprit
-                    try:
-                        settle.append(functools.partial(future.set_result, change(self._db)))
-                    except SmsProxyError as refusal:  # it has changed nothing
-                        settle.append(functools.partial(future.set_exception, refusal))
+                    settle.append(functools.partial(future.set_result, change(self._db)))
                 culprit = None
                 self._db.execute("COMMIT")
             except Exception as error:

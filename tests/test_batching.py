@@ -762,23 +762,37 @@ def test_those_of_a_group_that_could_not_be_saved_give_their_places_back() -> No
         assert kinds(client.send_all(group("b", "c", "d"))) == [None, None, OverloadedError]
 
 
-@pytest.mark.parametrize("error", [RepositoryUnavailableError("disk full"), RuntimeError("no"), KeyboardInterrupt()])
-def test_a_group_whose_saving_raises_frees_all_its_places_and_queues_nothing(error: BaseException) -> None:
+@pytest.mark.parametrize("error", [RepositoryUnavailableError("disk full"), RuntimeError("no")])
+def test_a_group_whose_saving_raises_is_refused_as_a_whole_and_frees_its_places(error: Exception) -> None:
     provider = Recorder()
     with batching(provider, repository=Broken(save_all=error), batch_size=1, max_pending=3) as client:
         for _ in range(2):
-            with pytest.raises(type(error)):
-                client.send_all(group("a", "b", "c"))
+            assert client.send_all(group("a", "b", "c")) == [error] * 3
             assert client.gauges()["smsproxy_pending_messages"] == 0
     assert provider.batches == []
+
+
+def test_a_group_whose_saving_is_interrupted_frees_its_places() -> None:
+    with batching(Recorder(), repository=Broken(save_all=KeyboardInterrupt()), batch_size=1, max_pending=3) as client:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                client.send_all(group("a", "b", "c"))
+            assert client.gauges()["smsproxy_pending_messages"] == 0
+
+
+def test_a_group_without_room_is_not_saved_at_all() -> None:
+    repository, gate = Grouping(), Gate()
+    with batching(gate, repository=repository, batch_size=1, max_pending=1) as client, opening(gate.opened):
+        client.send_all(group("a"))
+        assert kinds(client.send_all(group("b", "c"))) == [OverloadedError] * 2
+    assert repository.groups == [["a"]]
 
 
 def test_a_stopped_client_accepts_no_group() -> None:
     repository = Grouping()
     with batching(Recorder(), repository=repository) as client:
         client.stop(HANG)
-        with pytest.raises(ClosedError):
-            client.send_all(group("a", "b"))
+        assert kinds(client.send_all(group("a", "b"))) == [ClosedError] * 2
     assert repository.groups == []
 
 

@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -540,12 +541,13 @@ def test_shutting_down_is_a_503_that_says_when_to_come_again() -> None:
         assert request(server, "GET", location)[0] == 200
 
 
+@pytest.mark.parametrize("error", [RuntimeError("password=hunter2"), SystemExit("password=hunter2")], ids=["error", "exit"])
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize(("method", "path"), [("POST", "/sms"), ("GET", "/sms/x"), ("GET", "/healthz")])
 def test_a_repository_that_raises_is_a_500_without_any_details(
-    method: str, path: str, slow: bool, caplog: pytest.LogCaptureFixture
+    method: str, path: str, slow: bool, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    repository = Failing(RuntimeError("password=hunter2"), slow=slow)
+    repository = Failing(error, slow=slow)
     with service(repository=repository) as server, Peer(server) as peer:
         for _ in range(2):  # on the same connection
             peer.send(method, path, f"Content-Length: {len(json.dumps(GOOD))}", body=json.dumps(GOOD).encode())
@@ -1020,6 +1022,51 @@ def test_what_comes_in_one_turn_is_accepted_together(monkeypatch: pytest.MonkeyP
         opened.set()
         assert [peer.receive()[0] for peer in peers] == [202, 400, 202]
     assert groups == [["", "a", "b"]]
+
+
+# Groups that cannot be saved
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit("no")], ids=["error", "exit"])
+def test_a_durable_save_that_raises_anything_is_a_500_and_the_next_one_works(error: BaseException) -> None:
+    repository = Durable()
+    with service(repository=repository) as server, Peer(server) as peer:
+        for order, status in ((error, 500), (None, 202)):
+            peer.post()
+            repository.settle(order)
+            assert peer.receive()[0] == status
+
+
+def no_thread(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_without_a_thread_to_save_in_it_is_a_500_and_the_next_one_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Durable()
+    with service(repository=repository) as server, Peer(server) as peer:
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "submit", no_thread)
+            peer.post()
+            assert peer.receive()[0] == 500
+        peer.post()
+        repository.settle()
+        assert peer.receive()[0] == 202
+
+
+def test_a_group_that_fails_does_not_make_its_log_longer_for_each_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    repository, error = Durable(), RuntimeError("no")
+    with service(repository=repository) as server:
+        with one_group(server, repository, *((str(number), str(number)) for number in range(10))) as peers:
+            repository.settle(error)
+            assert [peer.receive()[0] for peer in peers] == [500] * 10
+    assert len(traceback.extract_tb(error.__traceback__)) < 10  # each raise of it would add to it
+
+
+def test_a_message_that_is_not_valid_costs_no_save() -> None:
+    repository = Durable()
+    with service(repository=repository) as server:
+        assert request(server, "POST", "/sms", GOOD | {"PhoneNumber": "+1"})[0] == 400
+    assert repository.groups == []
 
 
 # Health
