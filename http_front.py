@@ -49,13 +49,14 @@ NEVER = float("inf")
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}  # RFC 9110, 9.3; RFC 5789
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")  # RFC 9112, 3: SP and nothing else
+REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) (HTTP/[0-9]\.[0-9])")  # RFC 9112, 3: SP and nothing else
 # RFC 9112, 5: no space before the colon, no obs-fold; RFC 9110, 5.5: no NUL, bare CR or other CTL in a value.
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t -~\x80-\xff]*\r\n)*")
 HOST = re.compile(r"[A-Za-z0-9\-._~%!$&'()*+;=\[\]:]*")  # RFC 3986, 3.2.2, less the comma, which joins repeats
 ABSOLUTE_FORM = re.compile(r"(?i:https?)://[^/?#]+")  # RFC 9112, 3.2.2
 DIGITS = re.compile(r"[0-9]+")  # RFC 9110, 8.6: int() would take "+5", "5_0" and other scripts' digits
 NUMBER = re.compile(r"/[0-9+%]{4,}(?![^/])")
+EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 
 
@@ -160,11 +161,11 @@ class FrontHandler(BaseHTTPRequestHandler):
         self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
         self.headers, self.body = {}, b""
         self.close_connection = False
-        self._buffer = bytearray()  # received, not yet cut into requests
+        self._buffer = b""  # received, not yet cut into requests
         self._scanned = 0  # bytes of the buffer already searched for the end of a head
         self._length: int | None = None  # of the body whose head is in; None before the head and after the answer
         self._reading = True  # the clock of the current head runs
-        self._out = bytearray()  # answers that the socket has not taken yet
+        self._out = b""  # answers that the socket has not taken yet
         self._touched = False  # `settle` is to be called at the end of the turn
         self._stuck = False  # the socket takes no more of them for now
         self._suspended = False  # the answer to the current request comes later
@@ -197,9 +198,8 @@ class FrontHandler(BaseHTTPRequestHandler):
         head = answer_head(status, len(body), content_type, connection)
         if headers:
             head += "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1")
-        self._out += head + self.server.date
-        if self.command != "HEAD":
-            self._out += body
+        head += self.server.date
+        self._out += head if self.command == "HEAD" else head + body
         self._touch()
         self.server.answers[status] += 1
         if log.isEnabledFor(logging.DEBUG):
@@ -332,7 +332,7 @@ class FrontHandler(BaseHTTPRequestHandler):
         except OSError as error:
             self.drop(f"writing: {error}")
             return
-        del self._out[:sent]
+        self._out = self._out[sent:]
         if self._out:
             if not self._stuck:
                 self._stuck = True
@@ -353,7 +353,7 @@ class FrontHandler(BaseHTTPRequestHandler):
             self.drop("done")
             return
         self._lingering = True
-        self._buffer.clear()
+        self._buffer = b""
         self._set_deadline(LINGER)
         try:
             self.connection.shutdown(socket.SHUT_WR)
@@ -407,29 +407,28 @@ class FrontHandler(BaseHTTPRequestHandler):
             return False
         self.body = b""
         if self._length:
-            self.body = bytes(self._buffer[: self._length])
-            del self._buffer[: self._length]
+            self.body, self._buffer = self._buffer[: self._length], self._buffer[self._length :]
         return True
 
     def _take_head(self) -> None:
         """Cuts one head off the buffer and parses it, once it is whole."""
         buffer = self._buffer
         self.command, self.path = "-", "-"
-        while buffer.startswith(b"\r\n"):  # RFC 9112, 2.2: empty lines before a request are skipped
-            del buffer[:2]
+        if buffer.startswith(b"\r\n"):  # RFC 9112, 2.2: empty lines before a request are skipped
+            buffer = self._buffer = EMPTY_LINES.sub(b"", buffer, 1)
         end = buffer.find(b"\r\n\r\n", self._scanned)
         if not 0 <= end <= self.server.limits.head:
             self._wait_for_head()
             return
         line, _, fields = buffer[: end + 2].decode("latin-1").partition("\r\n")
-        del buffer[: end + 4]
+        self._buffer = buffer[end + 4 :]
         self._scanned = 0
         self._parse_line(line)
         self.headers, self.close_connection, length = self.server.parse_fields(
             fields, self.command, self.request_version
         )
         self._length = length
-        if len(buffer) < length:
+        if len(self._buffer) < length:
             self._set_deadline(self.server.limits.read_timeout)
             if "expect" in self.headers and self.request_version == "HTTP/1.1":
                 self._expect()
@@ -462,20 +461,22 @@ class FrontHandler(BaseHTTPRequestHandler):
         match = REQUEST_LINE.fullmatch(line)
         if match is None:
             raise HttpError(HTTPStatus.BAD_REQUEST, "malformed request line (RFC 9112, 3)", close=True)
-        self.command, target, major, minor = match.groups()
-        if major != "1":
-            raise HttpError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 and HTTP/1.0", close=True)
-        self.request_version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
+        self.command, target, version = match.groups()
+        if version != "HTTP/1.1":
+            if not version.startswith("HTTP/1."):
+                raise HttpError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 and HTTP/1.0", close=True)
+            version = "HTTP/1.0" if version == "HTTP/1.0" else "HTTP/1.1"
+        self.request_version = version
         if len(target) > self.server.limits.target:
             raise HttpError(HTTPStatus.REQUEST_URI_TOO_LONG, "the target is too long", close=True)
-        self.path = self._path(target)
+        self.path = target.partition("?")[0] if target.startswith("/") else self._path(target)
 
     def _path(self, target: str) -> str:
-        """The path of an origin-form or absolute-form target, without the query (RFC 9112, 3.2)."""
-        if not target.startswith("/") and (absolute := ABSOLUTE_FORM.match(target)):
-            target = target[absolute.end() :]
-            target = target if target.startswith("/") else "/" + target
-        if target.startswith("/") or self.command == "CONNECT" or (self.command, target) == ("OPTIONS", "*"):
+        """The path of a target that does not begin with it, without the query (RFC 9112, 3.2)."""
+        if absolute := ABSOLUTE_FORM.match(target):
+            path = target[absolute.end() :].partition("?")[0]
+            return path if path.startswith("/") else "/" + path
+        if self.command == "CONNECT" or (self.command, target) == ("OPTIONS", "*"):
             return target.partition("?")[0]
         raise HttpError(HTTPStatus.BAD_REQUEST, "malformed request target (RFC 9112, 3.2)", close=True)
 

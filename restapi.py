@@ -16,8 +16,8 @@ from urllib.parse import unquote
 
 from http_front import FrontHandler, FrontServer, HttpError, Limits
 from smsproxy import (
-    ClosedError, IdempotencyError, MessageStatus, Metrics, OverloadedError, RepositoryUnavailableError, SendingResult,
-    SendMessage, SmsProxy, ValidationError,
+    ClosedError, IdempotencyError, MessageStatus, Metrics, OverloadedError, RepositoryUnavailableError, SendMessage,
+    SmsProxy, ValidationError,
 )  # fmt: skip
 
 __all__ = ["SmsHandler", "SmsServer"]
@@ -148,7 +148,7 @@ class SmsHandler(FrontHandler):
         if key is not None and IDEMPOTENCY_KEY.fullmatch(key) is None:
             raise HttpError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must be 1 to 255 visible ASCII characters")
         if proxy.slow and not proxy.durable:  # one by one, so that a slow one holds up nobody else
-            self.defer(self.server.submit(proxy.send, message, key), self.accepted)
+            self.defer(self.server.submit(proxy.send, message, key), lambda result: self.accepted(result.id))
         else:
             self.server.accept(self, message, key)
 
@@ -175,7 +175,7 @@ class SmsHandler(FrontHandler):
         if isinstance(result, BaseException):
             self.fail(result)
         else:
-            self.answer(202, f'{{"ID": {_encode(result.id)}}}'.encode(), {"Location": f"/sms/{result.id}"})
+            self.answer(202, f'{{"ID": {_encode(result)}}}'.encode(), {"Location": f"/sms/{result}"})
 
     def _status(self, status: MessageStatus) -> None:
         self.answer(200, STATUS_BODIES[status])
@@ -197,7 +197,7 @@ class SmsHandler(FrontHandler):
 
 
 _Post = tuple[SmsHandler, SendMessage, Optional[str]]
-_Result = Union[SendingResult, BaseException]
+_Result = Union[str, BaseException]  # the ID, or why there is none
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -216,12 +216,15 @@ def _no_number(name: str) -> None:
 
 
 # Integers of any length as floats: the digits of a giant one would cost quadratic time, and no field is a number.
-_decode = json.JSONDecoder(object_pairs_hook=_fields, parse_int=float, parse_constant=_no_number).decode
+_decode = json.JSONDecoder(object_pairs_hook=_fields, parse_int=float, parse_constant=_no_number).raw_decode
 
 
 def _message(body: bytes) -> SendMessage:
     try:
-        doc = _decode(body.decode())
+        text = body.decode().strip(" \t\n\r")  # RFC 8259, 2
+        doc, end = _decode(text)
+        if end < len(text):
+            raise ValueError("more than one document")
     except (ValueError, RecursionError):  # not UTF-8, not JSON, NaN, nested too deeply
         raise HttpError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object in UTF-8") from None
     if not isinstance(doc, dict):

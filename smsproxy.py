@@ -483,8 +483,8 @@ class SimpleBatchingClient:
         self._durable = hasattr(repository, "outbox")
         self._metrics = metrics or Metrics()
         self._settle, self._clock, self._rng = settle, clock, rng
-        # Guards everything below. Senders wait on it for a batch, `stop` for the last one to end.
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()  # guards everything below
+        self._condition = threading.Condition(self._lock)  # senders wait for a batch, `stop` for the last one to end
         self._fifo: deque[tuple[float, Message]] = deque()  # time of acceptance, message
         self._in_flight: dict[int, list[tuple[float, Message]]] = {}  # by thread
         self._requests = 0  # to the provider, under way
@@ -528,7 +528,7 @@ class SimpleBatchingClient:
         """Queues what an earlier process accepted, whatever `max_pending` says; returns how many."""
         now, wall = self._clock(), time.time()
         restored = [(now - max(0.0, wall - accepted), message) for accepted, message in outbox]
-        with self._condition:
+        with self._lock:
             self._start_threads()
             self._pending += len(restored)
             self._queued += len(restored)
@@ -538,7 +538,7 @@ class SimpleBatchingClient:
 
     def flush(self) -> None:
         """Lets everything that is pending now leave without lingering; does not wait for it."""
-        with self._condition:
+        with self._lock:
             self._flush_until = self._queued
             self._condition.notify()
 
@@ -547,7 +547,7 @@ class SimpleBatchingClient:
 
         Returns how many there were, and why there is none for the rest.
         """
-        with self._condition:
+        with self._lock:
             if self._closing:
                 return 0, ClosedError("shutting down")
             if not self._threads:
@@ -557,14 +557,14 @@ class SimpleBatchingClient:
             return room, OverloadedError("too many messages are pending")
 
     def _release(self, count: int) -> None:
-        with self._condition:
+        with self._lock:
             self._pending -= count
             if self._closing:
                 self._condition.notify_all()
 
     def _enqueue(self, messages: Sequence[Message], reserved: int) -> None:
         """Queues messages for which places were reserved, and gives back the places that are left."""
-        with self._condition:
+        with self._lock:
             before = len(self._fifo)
             now = self._clock()
             self._fifo.extend([(now, message) for message in messages])
@@ -595,14 +595,14 @@ class SimpleBatchingClient:
             except Exception as error:
                 left, messages = 0, [message for _, message in batch]
                 log.error("a batch ended with an error (%s): %s", _reason(error, messages), _ids(messages))
-            with self._condition:
+            with self._lock:
                 del self._in_flight[threading.get_ident()]
                 self._left += left
             self._release(len(batch) - left)
 
     def _next_batch(self) -> list[tuple[float, Message]] | None:
         """Waits for a batch to carry; None when the client is stopped."""
-        with self._condition:
+        with self._lock:
             while not self._abandoned:
                 wait = self._linger()
                 if wait is not None and wait <= 0:
@@ -681,7 +681,7 @@ class SimpleBatchingClient:
     def _request(self, messages: tuple[Message, ...], attempt: int) -> BaseException | None:
         """One paid request; returns what it raised."""
         started, error, result = self._clock(), None, "ok"
-        with self._condition:
+        with self._lock:
             self._requests += 1
         try:
             self._client.send(list(messages))
@@ -689,7 +689,7 @@ class SimpleBatchingClient:
             error, result = raised, "rejected" if isinstance(raised, RejectedError) else "error"
             log.warning("attempt %d of %d failed for %d messages: %s", attempt, self._config.max_attempts,
                         len(messages), _reason(raised, messages))  # fmt: skip
-        with self._condition:
+        with self._lock:
             self._requests -= 1
         self._metrics.add("smsproxy_provider_requests_total", result)
         self._metrics.observe("smsproxy_provider_request_duration_seconds", self._clock() - started)
@@ -735,7 +735,7 @@ class SimpleBatchingClient:
 
     def gauges(self) -> dict[str, float]:
         """Pending messages, age of the oldest in seconds, requests in flight, messages accepted; soon stale."""
-        with self._condition:
+        with self._lock:
             oldest = min((batch[0][0] for batch in (*self._in_flight.values(), self._fifo) if batch), default=None)
             return {
                 "smsproxy_messages_accepted_total": self._queued,
@@ -768,7 +768,7 @@ class SimpleBatchingClient:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-        with self._condition:
+        with self._lock:
             self._closing = True
             self._hurry.set()
             self._condition.notify_all()
@@ -994,25 +994,25 @@ class SmsProxy:
         result = self.send_all([(message, idempotency_key)])[0]
         if isinstance(result, Exception):
             raise result
-        return result
+        return SendingResult(result)
 
-    def send_all(self, messages: Sequence[tuple[SendMessage, str | None]]) -> list[SendingResult | Exception]:
+    def send_all(self, messages: Sequence[tuple[SendMessage, str | None]]) -> list[str | Exception]:
         """`send` for messages with their idempotency keys, at little more than the price of one.
 
-        Each is accepted or refused by itself: the result has the exception that `send` would raise for it.
+        Each is accepted or refused by itself: returns its ID, or the exception that `send` would raise for it.
         """
         ids = _uuids(len(messages)) if self._generate_id is None else iter(self._generate_id, object())
-        results: list[SendingResult | Exception] = []
+        results: list[str | Exception] = []
         items: list[tuple[Message, bytes | None]] = []  # of those that are valid
         for message, key in messages:
             try:
                 items.append(self._identify(message, key, ids))
-                results.append(SendingResult(items[-1][0].message_id))
+                results.append(items[-1][0].message_id)
             except Exception as error:  # it is that message's alone
                 results.append(error)
         errors = self._batching.send_all(items) if items else []
         if any(errors):
-            places = [place for place, result in enumerate(results) if isinstance(result, SendingResult)]
+            places = [place for place, result in enumerate(results) if not isinstance(result, Exception)]
             for place, (_, fingerprint), refusal in zip(places, items, errors):
                 if refusal is not None:
                     results[place] = _refusal(refusal, fingerprint) or results[place]
@@ -1090,10 +1090,12 @@ def _refusal(error: Exception, fingerprint: bytes | None) -> Exception | None:
     return IdempotencyError("the idempotency key was used for another message")
 
 
+_VARIANTS = dict(zip("0123456789abcdef", 4 * "89ab"))  # the two highest bits are 10
+
+
 def _uuid4(digits: str) -> str:
     """A version 4 UUID (RFC 9562, 5.4) of 32 random hexadecimal digits, as `uuid.UUID` would make it."""
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{_VARIANTS[digits[16]]}{digits[17:20]}-{digits[20:32]}"
 
 
 def _uuids(count: int) -> Iterator[str]:
@@ -1104,11 +1106,9 @@ def _uuids(count: int) -> Iterator[str]:
 
 def _validate(message: SendMessage) -> None:
     number, text = message.phone_number, message.message
-    for name, value in (("phone_number", number), ("message", text)):
-        if not isinstance(value, str):
-            raise ValidationError(name, "must be a string")
-        if not value:
-            raise ValidationError(name, "must not be empty")
+    if not (isinstance(number, str) and isinstance(text, str) and number and text):
+        name, value = ("phone_number", number) if not (number and isinstance(number, str)) else ("message", text)
+        raise ValidationError(name, "must not be empty" if isinstance(value, str) else "must be a string")
     if not (number.isascii() and number.isdigit()):
         raise ValidationError("phone_number", "must consist of the digits 0 to 9 only")
     try:

@@ -219,7 +219,7 @@ def batching(
         metrics=metrics, clock=clock, rng=rng,
     )  # fmt: skip
     if condition is not None:
-        made._condition = condition
+        made._condition = made._lock = condition  # type: ignore[assignment]
     if hurry is not None:
         made._hurry = hurry
     try:

@@ -29,7 +29,7 @@ from helpers import HANG, Gate, Grouping, Recorder, Scripted, request, serving
 from http_front import Limits
 from restapi import SmsHandler, SmsServer
 from smsproxy import (
-    InMemoryRepository, MessageStatus, OverloadedError, RepositoryUnavailableError, SendingResult, SendMessage,
+    InMemoryRepository, MessageStatus, OverloadedError, RepositoryUnavailableError, SendMessage,
     SmsProxy, SmsProxyConfig, SmsProxyError,
 )  # fmt: skip
 
@@ -880,7 +880,7 @@ def test_the_next_save_begins_before_the_last_is_answered(monkeypatch: pytest.Mo
         second.post()
         assert request(server, "GET", "/healthz")[0] == 200
 
-        def accepted(handler: SmsHandler, result: SendingResult | Exception) -> None:
+        def accepted(handler: SmsHandler, result: str | Exception) -> None:
             repository.wait_entered()
             answer(handler, result)
 
@@ -1004,7 +1004,7 @@ def test_what_comes_in_one_turn_is_accepted_together(monkeypatch: pytest.MonkeyP
         entered.set()
         assert opened.wait(HANG)
 
-    def send_all(messages: Sequence[tuple[SendMessage, str | None]]) -> list[SendingResult | Exception]:
+    def send_all(messages: Sequence[tuple[SendMessage, str | None]]) -> list[str | Exception]:
         groups.append(sorted(message.message for message, _ in messages))
         return SmsProxy.send_all(server.proxy, messages)
 

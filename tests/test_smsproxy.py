@@ -989,7 +989,7 @@ def test_one_key_from_many_threads_is_one_message(make: Callable[[], Repository]
             thread.start()
         for thread in threads:
             thread.join(HANG)
-    ids = Counter(answer.id for answer in answers.queue)
+    ids = Counter(answers.queue)
     assert (set(ids.values()), len(ids)) == ({8}, 50)
     assert sorted(provider.ids) == sorted(ids)
 
@@ -1004,7 +1004,7 @@ BYE = SendMessage(NUMBER, "bye")
 def together(proxy: SmsProxy, *messages: SendMessage | tuple[SendMessage, str]) -> list[Any]:
     """What `send_all` returns, the type alone of what was refused."""
     items = [message if isinstance(message, tuple) else (message, None) for message in messages]
-    return [each if isinstance(each, SendingResult) else type(each) for each in proxy.send_all(items)]
+    return [each if isinstance(each, str) else type(each) for each in proxy.send_all(items)]
 
 
 def test_each_of_a_group_is_told_its_id_in_order() -> None:
@@ -1013,13 +1013,13 @@ def test_each_of_a_group_is_told_its_id_in_order() -> None:
     with SmsProxy(provider, SmsProxyConfig(batch_size=4, senders=1)) as proxy:
         results = together(proxy, *(SendMessage(NUMBER, text) for text in texts))
     assert [(message.message_id, message.message) for batch in provider.batches for message in batch] == [
-        (result.id, text) for result, text in zip(results, texts)
+        (result, text) for result, text in zip(results, texts)
     ]
 
 
 def test_a_group_is_accepted_and_queued_when_send_all_returns() -> None:
     with SmsProxy(Recorder(), LINGERING) as proxy:
-        ids = [result.id for result in together(proxy, HELLO, HELLO, (HELLO, "the key"))]
+        ids = together(proxy, HELLO, HELLO, (HELLO, "the key"))
         assert proxy.gauges()["smsproxy_messages_accepted_total"] == 3
         assert [proxy.get_status(message_id) for message_id in ids] == [ACCEPTED] * 3
 
@@ -1027,7 +1027,7 @@ def test_a_group_is_accepted_and_queued_when_send_all_returns() -> None:
 def test_a_group_is_saved_as_one() -> None:
     repository = Grouping()
     with SmsProxy(Recorder(), repository=repository) as proxy:
-        ids = [result.id for result in together(proxy, HELLO, (HELLO, "the key"), HELLO)]
+        ids = together(proxy, HELLO, (HELLO, "the key"), HELLO)
     assert repository.groups == [ids]
 
 
@@ -1041,7 +1041,7 @@ def test_a_wrong_message_costs_the_others_of_its_group_nothing() -> None:
     with SmsProxy(provider, SmsProxyConfig(batch_size=3, senders=1)) as proxy:
         results = together(proxy, HELLO, WRONG, (HELLO, "the key"), (WRONG, "the key"), BYE)
     assert (results[1], results[3]) == (ValidationError, ValidationError)
-    assert provider.ids == [results[place].id for place in (0, 2, 4)]
+    assert provider.ids == [results[place] for place in (0, 2, 4)]
 
 
 def test_with_room_for_some_of_a_group_the_first_valid_ones_are_accepted() -> None:
@@ -1050,7 +1050,7 @@ def test_with_room_for_some_of_a_group_the_first_valid_ones_are_accepted() -> No
         results = together(proxy, WRONG, HELLO, WRONG, HELLO, BYE, (BYE, "the key"))
         gate.opened.set()
     assert [results[place] for place in (0, 2, 4, 5)] == [ValidationError] * 2 + [OverloadedError] * 2
-    assert gate.ids == [results[1].id, results[3].id]
+    assert gate.ids == [results[1], results[3]]
 
 
 def test_a_stopped_proxy_refuses_each_of_a_group() -> None:
@@ -1090,7 +1090,7 @@ def test_what_saving_raises_for_one_of_a_group_is_told_to_that_one() -> None:
     provider = Recorder()
     with SmsProxy(provider, SmsProxyConfig(batch_size=2, senders=1), repository=Choosy()) as proxy:
         first, refused, last = together(proxy, HELLO, BYE, HELLO)
-    assert (provider.ids, refused) == ([first.id, last.id], RepositoryUnavailableError)
+    assert (provider.ids, refused) == ([first, last], RepositoryUnavailableError)
 
 
 @pytest.mark.parametrize("make", [InMemoryRepository, Outbox, Grouping])
@@ -1099,7 +1099,7 @@ def test_a_key_repeated_in_a_group_gets_the_same_id_and_is_sent_once(make: Calla
     with SmsProxy(provider, ONE_BY_ONE, repository=make()) as proxy:
         first, again, other = together(proxy, (HELLO, "the key"), (HELLO, "the key"), (HELLO, "another key"))
         assert together(proxy, (HELLO, "another key"), (HELLO, "the key")) == [other, first]
-    assert (again, sorted(provider.ids)) == (first, sorted([first.id, other.id]))
+    assert (again, sorted(provider.ids)) == (first, sorted([first, other]))
 
 
 @pytest.mark.parametrize("make", [InMemoryRepository, Outbox, Grouping])
@@ -1107,20 +1107,20 @@ def test_another_message_under_a_key_of_the_same_group_is_refused(make: Callable
     provider = Recorder()
     with SmsProxy(provider, ONE_BY_ONE, repository=make()) as proxy:
         first, refused, again = together(proxy, (HELLO, "the key"), (BYE, "the key"), (HELLO, "the key"))
-    assert (refused, again, provider.ids) == (IdempotencyError, first, [first.id])
+    assert (refused, again, provider.ids) == (IdempotencyError, first, [first])
 
 
 def test_an_id_is_generated_for_each_message_without_a_key_and_for_no_other() -> None:
     ids = iter(["a", "b", "c"])
     with SmsProxy(Recorder(), generate_id=lambda: next(ids)) as proxy:
         results = together(proxy, HELLO, (HELLO, "the key"), WRONG, HELLO)
-        assert [results[0].id, results[3].id, proxy.send(HELLO).id] == ["a", "b", "c"]
+        assert [results[0], results[3], proxy.send(HELLO).id] == ["a", "b", "c"]
 
 
 def test_an_id_generated_twice_in_a_group_is_refused_the_second_time() -> None:
     provider = Recorder()
     with SmsProxy(provider, ONE_BY_ONE, generate_id=lambda: "my-id") as proxy:
-        assert together(proxy, HELLO, HELLO) == [SendingResult("my-id"), DuplicateMessageError]
+        assert together(proxy, HELLO, HELLO) == ["my-id", DuplicateMessageError]
     assert provider.ids == ["my-id"]
 
 
@@ -1134,12 +1134,12 @@ def test_an_id_that_cannot_be_generated_costs_only_its_message() -> None:
         return str(following)
 
     with SmsProxy(Recorder(), generate_id=generate) as proxy:
-        assert together(proxy, HELLO, HELLO, HELLO) == [SendingResult("a"), RuntimeError, SendingResult("b")]
+        assert together(proxy, HELLO, HELLO, HELLO) == ["a", RuntimeError, "b"]
 
 
 def test_the_ids_of_a_group_are_different_uuid4s() -> None:
     with SmsProxy(Recorder()) as proxy:
-        ids = [result.id for result in together(proxy, *[HELLO] * 100, *((HELLO, f"key {n}") for n in range(100)))]
+        ids = together(proxy, *[HELLO] * 100, *((HELLO, f"key {n}") for n in range(100)))
     found = [uuid.UUID(each) for each in ids]
     assert {(each.version, each.variant) for each in found} == {(4, uuid.RFC_4122)}
     assert ([str(each) for each in found], len(set(ids))) == (ids, 200)
@@ -1155,7 +1155,7 @@ def test_the_random_bits_of_ids_come_from_the_system_in_one_call(monkeypatch: py
     with SmsProxy(Recorder()) as proxy:
         with monkeypatch.context() as patch:
             patch.setattr("os.urandom", urandom)
-            ids = [result.id for result in together(proxy, *[HELLO] * 300)]
+            ids = together(proxy, *[HELLO] * 300)
     assert (asked, len(set(ids))) == ([len(data)], 300)
     assert ids == [str(uuid.UUID(bytes=data[at : at + 16], version=4)) for at in range(0, len(data), 16)]
 
