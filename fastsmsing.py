@@ -110,12 +110,11 @@ class InMemoryClient:
                 raise FastSmsingError("the client is stopped")
             if self._failure_rate and self._rng.random() < self._failure_rate:
                 raise FastSmsingError("simulated failure")
-            rate, draw = self._undelivered_rate, self._rng.random
-            confirmed = {message.message_id: MessageStatus.CONFIRMED for message in messages}
-            final = {
-                message_id: MessageStatus.FAILED if rate and draw() < rate else MessageStatus.DELIVERED
-                for message_id in confirmed
-            }
+            confirmed = dict.fromkeys((message.message_id for message in messages), MessageStatus.CONFIRMED)
+            final = dict.fromkeys(confirmed, MessageStatus.DELIVERED)
+            if self._undelivered_rate:
+                lost = [message_id for message_id in final if self._rng.random() < self._undelivered_rate]
+                final.update(dict.fromkeys(lost, MessageStatus.FAILED))
             subscribers = tuple(self._subscribers)
         for updates in subscribers:
             updates.put(confirmed)

@@ -227,7 +227,6 @@ class FrontHandler(BaseHTTPRequestHandler):
             self._suspended = False
             self._run(call, *args)
             self._advance()
-            self._touch()
 
     def defer(self, future: Future[Any], then: Callable[[Any], None]) -> None:
         """Answers later: `then(result)` runs in the loop once the Future is done; its error is translated."""
