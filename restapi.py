@@ -39,7 +39,7 @@ REFUSALS: dict[type[BaseException], tuple[int, int | None]] = {  # error of the 
     ClosedError: (HTTPStatus.SERVICE_UNAVAILABLE, 10),
 }
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
-_encode = json.JSONEncoder().encode
+_encode = json.encoder.encode_basestring_ascii  # what `json.dumps` does with a string, without asking what it is
 STATUS_BODIES = {status: json.dumps({"Status": status.value}).encode() for status in MessageStatus}
 OPENAPI = Path(__file__).with_name("openapi.json")
 METRICS = (  # name, type, label, help

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+import http_front
 from helpers import HANG
 from http_front import FrontHandler, FrontServer, HttpError, Limits
 
@@ -117,6 +118,13 @@ class Echo(FrontHandler):
         assert self.server.released.wait(HANG)
         self.echo()
 
+    def gathers(self) -> None:
+        self.suspend()
+        self.server.gathered.append(self)
+
+    def misspells(self) -> None:
+        self.answer(200, headers={"X-Price": "9 \u20ac"})
+
     def stops(self) -> None:
         self.server.shutdown()
         self.echo()
@@ -156,6 +164,8 @@ class Echo(FrontHandler):
         "/cancelled": cancelled,
         "/empty": empty,
         "/holds": holds,
+        "/gathers": gathers,
+        "/misspells": misspells,
         "/stops": stops,
         "/interrupts": interrupts,
         "/forgets": forgets,
@@ -177,7 +187,16 @@ class EchoServer(FrontServer):
         self.pending: queue.Queue[Future[Any]] = queue.Queue()  # one for each request to /later
         self.held, self.released = threading.Event(), threading.Event()
         self.forgotten = 0
+        self.gathered: list[Echo] = []  # requests to /gathers, answered at the end of the turn
+        self.groups: list[int] = []  # how many each time
         self.stack = contextlib.ExitStack()  # of clients to close
+
+    def end_turn(self) -> None:
+        while self.gathered:
+            gathered, self.gathered = self.gathered, []
+            self.groups.append(len(gathered))
+            for handler in gathered:
+                handler.resume(handler.echo)
 
     def client(self, receive_buffer: int | None = None) -> Client:
         """A new connection, closed at the end of the test."""
@@ -966,6 +985,76 @@ def _send_until_refused(client: Client, server: EchoServer, most: int) -> int:
             server.settle()
     client.socket.settimeout(HANG)
     return sent
+
+
+# Turns of the loop
+
+
+class Sends(socket.socket):
+    """A connection that remembers how many bytes each `send` was given."""
+
+    sizes: list[int] = []
+
+    def send(self, data: Any, *flags: int) -> int:
+        self.sizes.append(len(data))
+        return super().send(data, *flags)
+
+
+class WatchedServer(EchoServer):
+    """A front whose connections are `Sends`."""
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        request, address = super().get_request()
+        return Sends(fileno=request.detach()), address
+
+
+def test_pipelined_answers_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sends, "sizes", [])
+    with front(kind=WatchedServer) as server:
+        client = server.client().send(PROBE * 10 + req("GET /gathers HTTP/1.1") + PROBE)
+        assert [client.answer().status for _ in range(12)] == [200] * 12
+    assert len(Sends.sizes) == 1
+
+
+def test_pipelined_answers_are_sent_before_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sends, "sizes", [])
+    with front(kind=WatchedServer) as server:
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_000_000)
+        client = server.client().send(req("GET /large HTTP/1.1") * 3)
+        assert [len(client.answer().body) for _ in range(3)] == [len(LARGE)] * 3
+    assert max(Sends.sizes) < len(LARGE) + http_front.SEND_AHEAD
+
+
+def test_requests_of_one_turn_are_gathered_and_answered_in_it(server: EchoServer) -> None:
+    holder, clients = server.client(), [server.client() for _ in range(3)]
+    assert [client.works() for client in clients] == [True] * 3
+    holder.send(req("GET /holds HTTP/1.1"))
+    assert server.held.wait(HANG)
+    for number, client in enumerate(clients):
+        client.send(req("GET /gathers HTTP/1.1", f"X: {number}") * 2 + PROBE)
+    server.released.set()
+    for client in clients:
+        assert [client.answer().doc["path"] for _ in range(3)] == ["/gathers", "/gathers", "/"]
+    assert server.groups == [3, 3]  # a connection's second request waits for its first
+
+
+def test_an_error_at_the_end_of_a_turn_does_not_end_the_loop(
+    server: EchoServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(EchoServer, "end_turn", lambda self: 1 / 0)
+        assert server.client().works()
+    assert server.client().works()
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_field_that_cannot_be_sent_is_a_500_and_nothing_of_the_answer_before_it(server: EchoServer) -> None:
+    client = server.client().send(req("GET /misspells HTTP/1.1") + PROBE)
+    assert [client.answer().status for _ in range(2)] == [500, 200]
+
+
+def test_a_flood_of_empty_lines_before_a_request_is_skipped(server: EchoServer) -> None:
+    assert server.client().send(b"\r\n" * 50_000 + PROBE).answer().status == 200
 
 
 def test_one_connection_takes_a_thousand_requests(server: EchoServer) -> None:
