@@ -14,6 +14,7 @@ import math
 import os
 import queue
 import random
+import struct
 import sys
 import threading
 import time
@@ -1003,7 +1004,10 @@ class SmsProxy:
 
         Each is accepted or refused by itself: returns its ID, or the exception that `send` would raise for it.
         """
-        ids = _uuids(len(messages)) if self._generate_id is None else iter(self._generate_id, object())
+        if self._generate_id is None:
+            ids = _uuid4s(os.urandom(16 * len(messages)).hex().encode())
+        else:
+            ids = iter(self._generate_id, object())
         results: list[str | Exception] = []
         items: list[tuple[Message, bytes | None]] = []  # of those that are valid
         for message, key in messages:
@@ -1073,7 +1077,7 @@ class SmsProxy:
             raise ClosedError("not started yet")
         if key is None:
             return Message(message.phone_number, message.message, next(ids)), None
-        message_id = _uuid4(hashlib.sha256(key.encode()).hexdigest())
+        message_id = next(_uuid4s(hashlib.sha256(key.encode()).hexdigest()[:32].encode()))
         content = "\0".join((key, message.phone_number, message.message))
         fingerprint = hashlib.sha256(content.encode()).digest()[:16]
         return Message(message.phone_number, message.message, message_id), fingerprint
@@ -1092,18 +1096,17 @@ def _refusal(error: Exception, fingerprint: bytes | None) -> Exception | None:
     return IdempotencyError("the idempotency key was used for another message")
 
 
-_VARIANTS = dict(zip("0123456789abcdef", 4 * "89ab"))  # the two highest bits are 10
+_UUID_PARTS = struct.Struct("8s4sx3ss3s12s")  # the skipped digit becomes the version
+_VARIANTS = {bytes([digit]): bytes([variant]) for digit, variant in zip(b"0123456789abcdef", 4 * b"89ab")}
 
 
-def _uuid4(digits: str) -> str:
-    """A version 4 UUID (RFC 9562, 5.4) of 32 random hexadecimal digits, as `uuid.UUID` would make it."""
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{_VARIANTS[digits[16]]}{digits[17:20]}-{digits[20:32]}"
+def _uuid4s(digits: bytes) -> Iterator[str]:
+    """Version 4 UUIDs (RFC 9562, 5.4) of 32 random hexadecimal digits each, as `uuid.UUID` would make them.
 
-
-def _uuids(count: int) -> Iterator[str]:
-    """So many new UUIDs, for one call of the system: one each, and `uuid.UUID`, take a fifth of the time of a POST."""
-    digits = os.urandom(16 * count).hex()
-    return (_uuid4(digits[start : start + 32]) for start in range(0, 32 * count, 32))
+    That one, and a call of the system for each, take a sixth of the time of a POST.
+    """
+    for low, mid, high, variant, sequence, node in _UUID_PARTS.iter_unpack(digits):
+        yield (b"%b-%b-4%b-%b%b-%b" % (low, mid, high, _VARIANTS[variant], sequence, node)).decode()
 
 
 def _validate(message: SendMessage) -> None:
