@@ -77,9 +77,7 @@ class Limits:
 class HttpError(Exception):
     """A refusal: status, a text for the client, further header fields, whether to close after it."""
 
-    def __init__(
-        self, status: int, message: str, headers: Mapping[str, str] | None = None, *, close: bool = False
-    ) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] = {}, *, close: bool = False) -> None:
         super().__init__(message)
         self.status, self.message, self.headers, self.close = status, message, headers, close
 
@@ -189,15 +187,15 @@ class FrontHandler(BaseHTTPRequestHandler):
         self,
         status: int,
         body: bytes = b"",
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] = {},
         content_type: str = "application/json",
     ) -> None:
         """Answers the current request as a whole; it leaves at the end of the turn, or as fast as the peer reads."""
         self._finished = self.close_connection or self.server.closing
         connection = "close" if self._finished else "keep-alive" if self.request_version == "HTTP/1.0" else ""
         head = answer_head(status, len(body), content_type, connection)
-        if headers:
-            head += "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1")
+        for name, value in headers.items() if headers else ():
+            head += b"%b: %b\r\n" % (name.encode("latin-1"), value.encode("latin-1"))
         head += self.server.date
         self._out += head if self.command == "HEAD" else head + body
         self._touch()

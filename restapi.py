@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Union
 from urllib.parse import unquote
 
 from http_front import FrontHandler, FrontServer, HttpError, Limits
@@ -67,45 +67,48 @@ class SmsServer(FrontServer):
         self, address: tuple[str, int], proxy: SmsProxy, *, limits: Limits = Limits(), api_keys: Iterable[str] = ()
     ) -> None:
         self.proxy = proxy
-        self._posts: list[_Post] = []  # of this turn, or waiting for the save before
+        self._handlers: list[SmsHandler] = []  # suspended until their message is accepted
+        self._posts: list[tuple[Any, Any, str | None]] = []  # their numbers, texts and idempotency keys
         self._saving = False  # a durable save is under way
         self.api_keys = tuple(key.encode() for key in api_keys)
         super().__init__(address, SmsHandler, limits)
 
-    def accept(self, handler: SmsHandler, message: SendMessage, key: str | None) -> None:
+    def accept(self, handler: SmsHandler, number: Any, text: Any, key: str | None) -> None:
         """Suspends the handler until its message is accepted, at the end of the turn, with all others of the turn."""
         handler.suspend()
-        self._posts.append((handler, message, key))
+        self._handlers.append(handler)
+        self._posts.append((number, text, key))
 
     def end_turn(self) -> None:
         """Accepts what has come, as one group. In durable mode that is one commit at a time; whatever comes
         during one shares the next."""
         while self._posts and not self._saving:
-            posts, self._posts = self._posts, []
+            handlers, posts = self._handlers, self._posts
+            self._handlers, self._posts = [], []
             if not self.proxy.durable:
-                self._answer(posts, self._send_all(posts))
+                self._answer(handlers, self._send_all(posts))
                 continue
             try:
                 saved = self.submit(self._send_all, posts)
             except RuntimeError as error:  # the system has no thread for us
-                self._answer(posts, [error] * len(posts))
+                self._answer(handlers, [error] * len(posts))
             else:
                 self._saving = True
-                saved.add_done_callback(lambda done: self.call_soon(self._saved, posts, done.result()))
+                saved.add_done_callback(lambda done: self.call_soon(self._saved, handlers, done.result()))
 
-    def _send_all(self, posts: Sequence[_Post]) -> Sequence[_Result]:
+    def _send_all(self, posts: Sequence[tuple[Any, Any, str | None]]) -> Sequence[_Result]:
         try:
-            return self.proxy.send_all([(message, key) for _, message, key in posts])
+            return self.proxy.send_all(posts)
         except (Exception, SystemExit) as error:  # the boundary: each of them gets an answer
             return [error] * len(posts)
 
-    def _saved(self, posts: Sequence[_Post], results: Sequence[_Result]) -> None:
+    def _saved(self, handlers: Sequence[SmsHandler], results: Sequence[_Result]) -> None:
         self._saving = False
         self.end_turn()  # first of all, so that the disk does not wait for the answers
-        self._answer(posts, results)
+        self._answer(handlers, results)
 
-    def _answer(self, posts: Sequence[_Post], results: Sequence[_Result]) -> None:
-        for (handler, _, _), result in zip(posts, results):
+    def _answer(self, handlers: Sequence[SmsHandler], results: Sequence[_Result]) -> None:
+        for handler, result in zip(handlers, results):
             self.guard(handler.resume, handler.accepted, result)
 
 
@@ -135,7 +138,7 @@ class SmsHandler(FrontHandler):
             return HttpError(HTTPStatus.BAD_REQUEST, f"{FIELDS.get(error.field, error.field)} {error.problem}")
         if type(error) in REFUSALS:
             status, wait = REFUSALS[type(error)]
-            return HttpError(status, str(error), {"Retry-After": str(wait)} if wait else None)
+            return HttpError(status, str(error), {"Retry-After": str(wait)} if wait else {})
         return super().translate(error)
 
     def do_OPTIONS(self) -> None:
@@ -144,13 +147,14 @@ class SmsHandler(FrontHandler):
 
     def do_POST(self) -> None:
         """Accepts a message."""
-        message, key, proxy = _message(self.body), self.headers.get("idempotency-key"), self.server.proxy
+        (number, text), key, proxy = _message(self.body), self.headers.get("idempotency-key"), self.server.proxy
         if key is not None and IDEMPOTENCY_KEY.fullmatch(key) is None:
             raise HttpError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must be 1 to 255 visible ASCII characters")
         if proxy.slow and not proxy.durable:  # one by one, so that a slow one holds up nobody else
-            self.defer(self.server.submit(proxy.send, message, key), lambda result: self.accepted(result.id))
+            saved = self.server.submit(proxy.send, SendMessage(number, text), key)
+            self.defer(saved, lambda result: self.accepted(result.id))
         else:
-            self.server.accept(self, message, key)
+            self.server.accept(self, number, text, key)
 
     def do_GET(self) -> None:
         """Tells a status, or one of the operator's pages."""
@@ -196,7 +200,6 @@ class SmsHandler(FrontHandler):
             raise HttpError(HTTPStatus.UNAUTHORIZED, "a valid API key is needed", challenge)
 
 
-_Post = tuple[SmsHandler, SendMessage, Optional[str]]
 _Result = Union[str, BaseException]  # the ID, or why there is none
 
 
@@ -219,7 +222,8 @@ def _no_number(name: str) -> None:
 _decode = json.JSONDecoder(object_pairs_hook=_fields, parse_int=float, parse_constant=_no_number).raw_decode
 
 
-def _message(body: bytes) -> SendMessage:
+def _message(body: bytes) -> tuple[Any, Any]:
+    """The number and the text of a request; the domain judges them."""
     try:
         text = body.decode().strip(" \t\n\r")  # RFC 8259, 2
         doc, end = _decode(text)
@@ -230,7 +234,7 @@ def _message(body: bytes) -> SendMessage:
     if not isinstance(doc, dict):
         raise HttpError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object")
     try:
-        return SendMessage(doc["phonenumber"], doc["content"])
+        return doc["phonenumber"], doc["content"]
     except KeyError:
         missing = next(name for name in FIELDS.values() if name.lower() not in doc)
         raise HttpError(HTTPStatus.BAD_REQUEST, f"{missing} is missing") from None

@@ -994,13 +994,13 @@ class SmsProxy:
         Raises `ValidationError`, `IdempotencyError`, `OverloadedError`, `ClosedError`, or what the
         repository raises; then the message is not accepted.
         """
-        result = self.send_all([(message, idempotency_key)])[0]
+        result = self.send_all([(message.phone_number, message.message, idempotency_key)])[0]
         if isinstance(result, Exception):
             raise result
         return SendingResult(result)
 
-    def send_all(self, messages: Sequence[tuple[SendMessage, str | None]]) -> list[str | Exception]:
-        """`send` for messages with their idempotency keys, at little more than the price of one.
+    def send_all(self, messages: Sequence[tuple[Any, Any, str | None]]) -> list[str | Exception]:
+        """`send` for messages as (phone number, message, idempotency key), at little more than the price of one.
 
         Each is accepted or refused by itself: returns its ID, or the exception that `send` would raise for it.
         """
@@ -1010,9 +1010,9 @@ class SmsProxy:
             ids = iter(self._generate_id, object())
         results: list[str | Exception] = []
         items: list[tuple[Message, bytes | None]] = []  # of those that are valid
-        for message, key in messages:
+        for phone_number, message, key in messages:
             try:
-                items.append(self._identify(message, key, ids))
+                items.append(self._identify(phone_number, message, key, ids))
                 results.append(items[-1][0].message_id)
             except Exception as error:  # it is that message's alone
                 results.append(error)
@@ -1067,20 +1067,22 @@ class SmsProxy:
         except Exception as error:  # it is the end all the same
             log.error("the client did not stop well: %s", _reason(error, ()))
 
-    def _identify(self, message: SendMessage, key: str | None, ids: Iterator[str]) -> tuple[Message, bytes | None]:
+    def _identify(
+        self, phone_number: Any, message: Any, key: str | None, ids: Iterator[str]
+    ) -> tuple[Message, bytes | None]:
         """The message with its ID, and the fingerprint that tells a repeat from another message under the same key.
 
         A key stands for its ID by a hash, so it is remembered wherever and as long as the message is.
         """
-        _validate(message)
+        _validate(phone_number, message)
         if self.durable and not self._started:  # what is saved now would be restored, too
             raise ClosedError("not started yet")
         if key is None:
-            return Message(message.phone_number, message.message, next(ids)), None
+            return Message(phone_number, message, next(ids)), None
         message_id = next(_uuid4s(hashlib.sha256(key.encode()).hexdigest()[:32].encode()))
-        content = "\0".join((key, message.phone_number, message.message))
+        content = "\0".join((key, phone_number, message))
         fingerprint = hashlib.sha256(content.encode()).digest()[:16]
-        return Message(message.phone_number, message.message, message_id), fingerprint
+        return Message(phone_number, message, message_id), fingerprint
 
     @staticmethod
     def _log_error(failed: StatusUpdateError) -> None:
@@ -1109,8 +1111,7 @@ def _uuid4s(digits: bytes) -> Iterator[str]:
         yield (b"%b-%b-4%b-%b%b-%b" % (low, mid, high, _VARIANTS[variant], sequence, node)).decode()
 
 
-def _validate(message: SendMessage) -> None:
-    number, text = message.phone_number, message.message
+def _validate(number: Any, text: Any) -> None:
     if not (isinstance(number, str) and isinstance(text, str) and number and text):
         name, value = ("phone_number", number) if not (number and isinstance(number, str)) else ("message", text)
         raise ValidationError(name, "must not be empty" if isinstance(value, str) else "must be a string")

@@ -29,8 +29,8 @@ from helpers import HANG, Gate, Grouping, Recorder, Scripted, request, serving
 from http_front import Limits
 from restapi import SmsHandler, SmsServer
 from smsproxy import (
-    InMemoryRepository, MessageStatus, OverloadedError, RepositoryUnavailableError, SendMessage,
-    SmsProxy, SmsProxyConfig, SmsProxyError,
+    InMemoryRepository, MessageStatus, OverloadedError, RepositoryUnavailableError, SmsProxy, SmsProxyConfig,
+    SmsProxyError,
 )  # fmt: skip
 
 NUMBER, TEXT = "48123456789", "Your parcel is here"
@@ -1004,8 +1004,8 @@ def test_what_comes_in_one_turn_is_accepted_together(monkeypatch: pytest.MonkeyP
         entered.set()
         assert opened.wait(HANG)
 
-    def send_all(messages: Sequence[tuple[SendMessage, str | None]]) -> list[str | Exception]:
-        groups.append(sorted(message.message for message, _ in messages))
+    def send_all(messages: Sequence[tuple[str, str, str | None]]) -> list[str | Exception]:
+        groups.append(sorted(text for _, text, _ in messages))
         return SmsProxy.send_all(server.proxy, messages)
 
     with contextlib.ExitStack() as undo:

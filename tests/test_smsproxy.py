@@ -981,7 +981,7 @@ def test_one_key_from_many_threads_is_one_message(make: Callable[[], Repository]
             barrier.wait(HANG)
             for start in range(0, 50, together):
                 keys = [f"key {number}" for number in range(start, start + together)]
-                for answer in proxy.send_all([(HELLO, key) for key in keys]):
+                for answer in proxy.send_all([(HELLO.phone_number, HELLO.message, key) for key in keys]):
                     answers.put(answer)
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
@@ -1003,7 +1003,8 @@ BYE = SendMessage(NUMBER, "bye")
 
 def together(proxy: SmsProxy, *messages: SendMessage | tuple[SendMessage, str]) -> list[Any]:
     """What `send_all` returns, the type alone of what was refused."""
-    items = [message if isinstance(message, tuple) else (message, None) for message in messages]
+    pairs = [message if isinstance(message, tuple) else (message, None) for message in messages]
+    items = [(message.phone_number, message.message, key) for message, key in pairs]
     return [each if isinstance(each, str) else type(each) for each in proxy.send_all(items)]
 
 
