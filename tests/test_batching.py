@@ -1969,3 +1969,27 @@ def test_a_stop_without_time_reports_all_that_a_stuck_provider_holds() -> None:
             with opening(gate.opened):
                 send(client, *names(count))
                 assert stop_in_a_thread(client, 0.0) == count, f"seed {seed}"
+
+
+# Background work
+
+
+@pytest.mark.parametrize("error", [None, PermissionError("not here"), AttributeError("no such call")])
+def test_threads_say_that_they_work_in_the_background_where_that_can_be_said(
+    error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int, object]] = []
+
+    def set_scheduler(pid: int, policy: int, parameter: object) -> None:
+        asked.append((threading.current_thread().name, pid, policy))
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(smsproxy.os, "SCHED_BATCH", 3, raising=False)
+    monkeypatch.setattr(smsproxy.os, "sched_param", lambda priority: priority, raising=False)
+    monkeypatch.setattr(smsproxy.os, "sched_setscheduler", set_scheduler, raising=False)
+    provider = Recorder()
+    with batching(provider, smsproxy.ClientStatistics(), batch_size=1, senders=1) as client:
+        client.send(SendMessage(NUMBER, "hello"), "a")
+    assert provider.ids == ["a"]
+    assert sorted(asked) == [("smsproxy-sender-1", 0, 3), ("smsproxy-statistics-1", 0, 3)]
