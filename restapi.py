@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from http_front import FrontHandler, FrontServer, HttpError, Limits
 from smsproxy import (
     ClosedError, IdempotencyError, MessageStatus, Metrics, OverloadedError, RepositoryUnavailableError, SendMessage,
-    SmsProxy, ValidationError,
+    SmsProxy, ValidationError, validate,
 )  # fmt: skip
 
 __all__ = ["SmsHandler", "SmsServer"]
@@ -154,6 +154,8 @@ class SmsHandler(FrontHandler):
             saved = self.server.submit(proxy.send, SendMessage(number, text), key)
             self.defer(saved, lambda result: self.accepted(result.id))
         else:
+            if proxy.durable:
+                validate(number, text)  # or a 400 would wait for the disk
             self.server.accept(self, number, text, key)
 
     def do_GET(self) -> None:

@@ -34,7 +34,7 @@ __all__ = [
     "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy",
     "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater",
     "TRANSITIONS", "Metrics", "UnknownMessageError", "UnknownStatusError", "ValidationError",
-    "check_transition", "map_to_internal_status",
+    "check_transition", "map_to_internal_status", "validate",
 ]  # fmt: skip
 
 log = logging.getLogger("smsproxy")
@@ -1074,7 +1074,7 @@ class SmsProxy:
 
         A key stands for its ID by a hash, so it is remembered wherever and as long as the message is.
         """
-        _validate(phone_number, message)
+        validate(phone_number, message)
         if self.durable and not self._started:  # what is saved now would be restored, too
             raise ClosedError("not started yet")
         if key is None:
@@ -1111,7 +1111,8 @@ def _uuid4s(digits: bytes) -> Iterator[str]:
         yield (b"%b-%b-4%b-%b%b-%b" % (low, mid, high, _VARIANTS[variant], sequence, node)).decode()
 
 
-def _validate(number: Any, text: Any) -> None:
+def validate(number: Any, text: Any) -> None:
+    """Raises `ValidationError` unless these are a phone number and a text that can be sent."""
     if not (isinstance(number, str) and isinstance(text, str) and number and text):
         name, value = ("phone_number", number) if not (number and isinstance(number, str)) else ("message", text)
         raise ValidationError(name, "must not be empty" if isinstance(value, str) else "must be a string")

@@ -1062,11 +1062,15 @@ def test_a_group_that_fails_does_not_make_its_log_longer_for_each_of_it(caplog: 
     assert len(traceback.extract_tb(error.__traceback__)) < 10  # each raise of it would add to it
 
 
-def test_a_message_that_is_not_valid_costs_no_save() -> None:
+def test_a_message_that_is_not_valid_is_refused_while_another_is_being_saved_and_costs_no_save() -> None:
     repository = Durable()
-    with service(repository=repository) as server:
+    with service(repository=repository) as server, Peer(server) as peer:
+        peer.post()
+        repository.wait_entered()
         assert request(server, "POST", "/sms", GOOD | {"PhoneNumber": "+1"})[0] == 400
-    assert repository.groups == []
+        repository.settle()
+        assert peer.receive()[0] == 202
+    assert len(repository.groups) == 1
 
 
 # Health
