@@ -252,7 +252,11 @@ class FrontHandler(BaseHTTPRequestHandler):
             self.drop("closed by the peer")
             return
         if self.server.closing and self.idle:
-            self.drop("shutting down")
+            self._receive()  # what came in the course of this turn: to close on it unread would reset the peer
+            if self.idle:
+                self.drop("shutting down")
+            else:
+                self._touch()
             return
         interest = WRITE if self._stuck else 0
         if not self._ended and (len(self._buffer) < READ_AHEAD or not (self._stuck or self._suspended)):
@@ -337,7 +341,9 @@ class FrontHandler(BaseHTTPRequestHandler):
             return
         if self._stuck:
             self._stuck = False
-            self._set_deadline(NEVER if self._suspended else self.server.limits.idle_timeout)
+            limits, half_received = self.server.limits, self._reading or self._length is not None
+            wait = limits.read_timeout if half_received else limits.idle_timeout
+            self._set_deadline(NEVER if self._suspended else wait)
         if self._finished:
             self._finish()
         else:
@@ -688,8 +694,10 @@ class FrontServer(HTTPServer):
         self.soonest = min(self.soonest, self._stop_at)
         if self.closing:
             return
-        if self._accepting:
-            self._accept(READ)  # those who have connected already are served
+        before = -1
+        while self._accepting and before < len(self._connections):  # those who have connected already are served
+            before = len(self._connections)
+            self._accept(READ)
         self.closing = True
         if self._accepting:
             self._selector.unregister(self.socket)

@@ -519,13 +519,18 @@ class SimpleBatchingClient:
 
         Returns what `send` would raise for each of them, in their order.
         """
-        room, refusal = self._reserve(len(messages))
-        errors: list[Exception | None] = []
-        try:
-            errors = _save_all(self._repository, messages[:room]) if room else []
-        finally:
-            self._enqueue([message for (message, _), error in zip(messages, errors) if error is None], room)
-        return errors + [refusal] * (len(messages) - room)
+        results: list[Exception | None] = []
+        while rest := messages[len(results) :]:  # once more when some gave their places back
+            room, refusal = self._reserve(len(rest))
+            if not room:
+                return results + [refusal] * len(rest)
+            errors: list[Exception | None] = []
+            try:
+                errors = _save_all(self._repository, rest[:room])
+            finally:
+                self._enqueue([message for (message, _), error in zip(rest, errors) if error is None], room)
+            results += errors
+        return results
 
     def restore(self, outbox: Iterable[tuple[float, Message]]) -> int:
         """Queues what an earlier process accepted, whatever `max_pending` says; returns how many."""
@@ -1016,7 +1021,7 @@ class SmsProxy:
                 results.append(items[-1][0].message_id)
             except Exception as error:  # it is that message's alone
                 results.append(error)
-        errors = self._batching.send_all(items) if items else []
+        errors = self._batching.send_all(items)
         if any(errors):
             places = [place for place, result in enumerate(results) if not isinstance(result, Exception)]
             for place, (_, fingerprint), refusal in zip(places, items, errors):

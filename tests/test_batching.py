@@ -762,6 +762,14 @@ def test_those_of_a_group_that_could_not_be_saved_give_their_places_back() -> No
         assert kinds(client.send_all(group("b", "c", "d"))) == [None, None, OverloadedError]
 
 
+def test_the_places_of_those_that_could_not_be_saved_go_to_the_rest_of_the_group() -> None:
+    gate = Gate()
+    with batching(gate, batch_size=3, max_pending=3, max_delay=None) as client, opening(gate.opened):
+        client.send_all(group("a"))
+        refused = [DuplicateMessageError] * 5
+        assert kinds(client.send_all(group("a", "a", "a", "a", "a", "b", "c", "d"))) == [*refused, None, None, OverloadedError]
+
+
 @pytest.mark.parametrize("error", [RepositoryUnavailableError("disk full"), RuntimeError("no")])
 def test_a_group_whose_saving_raises_is_refused_as_a_whole_and_frees_its_places(error: Exception) -> None:
     provider = Recorder()

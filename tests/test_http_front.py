@@ -1038,6 +1038,33 @@ def test_requests_of_one_turn_are_gathered_and_answered_in_it(server: EchoServer
     assert server.groups == [3, 3]  # a connection's second request waits for its first
 
 
+class Reluctant(socket.socket):
+    """A connection that takes a few bytes of what it is given first."""
+
+    reluctant = True
+
+    def send(self, data: Any, *flags: int) -> int:
+        data, self.reluctant = (data[:5] if self.reluctant else data), False
+        return super().send(data, *flags)
+
+
+class ReluctantServer(ClockedServer):
+    """A clocked front whose connections are `Reluctant`."""
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        request, address = super().get_request()
+        return Reluctant(fileno=request.detach()), address
+
+
+@pytest.mark.parametrize("half", [PROBE[:-1], post(b"12345")[:-1]], ids=["head", "body"])
+def test_half_a_request_behind_an_answer_that_got_stuck_has_no_more_time(half: bytes) -> None:
+    with front(kind=ReluctantServer) as server:
+        client = server.client().send(PROBE + half)
+        assert client.answer().status == 200
+        server.advance(Limits().read_timeout)
+        assert client.statuses() == [408]
+
+
 def test_an_error_at_the_end_of_a_turn_does_not_end_the_loop(
     server: EchoServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1688,6 +1715,26 @@ def test_those_who_connected_before_the_shutdown_are_served(clocked: ClockedServ
     clocked.released.set()
     assert [client.statuses() for client in clients] == [[200]] * 5
     assert clocked.gone()
+
+
+def test_all_who_connected_before_the_shutdown_are_served_however_many(server: EchoServer) -> None:
+    server.client().send(req("GET /holds HTTP/1.1"))
+    assert server.held.wait(HANG)
+    clients = [server.client().send(PROBE) for _ in range(3 * http_front.ACCEPTS_A_TURN)]
+    server.shutdown()
+    server.released.set()
+    assert [client.statuses() for client in clients] == [[200]] * len(clients)
+
+
+def test_a_request_that_comes_as_the_shutdown_begins_is_answered(
+    server: EchoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = server.client()
+    assert client.works()
+    late = [PROBE]  # sent in the turn of the shutdown, after everyone has been read from
+    monkeypatch.setattr(server, "end_turn", lambda: server.closing and late and client.send(late.pop()))
+    server.shutdown()
+    assert client.statuses() == [200]
 
 
 def test_shutdown_at_the_connection_limit_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
