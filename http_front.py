@@ -505,7 +505,7 @@ class FrontServer(HTTPServer):
         self.soonest = NEVER  # no deadline of any connection is earlier
         self.date = b""  # the field of this second and the end of a head
         self._date_until = 0.0
-        # Clients repeat their fields: a sixth of the time of a request, saved. Who changes them costs no more than
+        # Clients repeat their fields: a quarter of the instructions of a request, saved. Others cost no more than
         # `FIELDS_KEPT` heads of memory.
         self.parse_fields = functools.lru_cache(FIELDS_KEPT)(functools.partial(parse_fields, limits=limits))
         self.touched: list[FrontHandler] = []  # connections to be settled at the end of this turn
