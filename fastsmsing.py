@@ -29,7 +29,7 @@ class FastSmsingError(Exception):
 
 
 class RejectedError(FastSmsingError):
-    """FastSMSing refuses this batch for good: trying again would only cost money."""
+    """FastSMSing refuses this batch for good: sending the same batch again would only cost money."""
 
 
 class MessageStatus(str, Enum):
@@ -52,20 +52,23 @@ class Message:
 class FastSmsingClient(Protocol):
     """What the proxy needs of a provider. Every method is called from several threads."""
 
-    def send(self, messages: Sequence[Message]) -> None:
-        """Hands over one batch as one paid request; blocks until FastSMSing took all of it.
+    def send(self, messages: Sequence[Message]) -> Mapping[str, str] | None:
+        """Hands over one batch as one paid request; blocks until FastSMSing took it.
 
-        Raises `RejectedError` when it never will; anything else raised means "try again". It should
-        have time limits of its own: a call that never returns occupies one sender for ever.
+        Returns the messages that FastSMSing refused, ID to reason; None or nothing when it took all.
+        Raises `RejectedError` when it refuses the batch as a whole: the proxy then sends the halves of
+        it, down to the messages that are to blame. Anything else raised means that the request may be
+        tried again. It should have time limits of its own: a call that never returns occupies one
+        sender for ever.
         """
 
     def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
         """Puts every later delivery report into `updates` as a mapping of message ID to status.
 
-        `None` says that no more will come. The queue is bounded, so putting may block for a while.
-        `updates.join()` returns once all that was put is applied, in durable mode on disk: to lose no
-        report in a crash, acknowledge it to FastSMSing after that. A mapping has one status per
-        message, so a later report on the same message belongs into a mapping of its own.
+        `None` says that no more will come. The queue is bounded, so `put` may block for a while.
+        `updates.join()` returns once all that was put is applied, and on disk if the outbox is: to lose
+        no report in a crash, acknowledge it to FastSMSing after that. A mapping has one status per
+        message, so a later report on the same message belongs in a mapping of its own.
         """
 
     def stop(self) -> None:
@@ -76,7 +79,7 @@ class InMemoryClient:
     """A provider in memory: takes every batch after `latency` seconds and reports at once.
 
     Each message is reported `CONFIRMED`, then `DELIVERED`, or `FAILED` with probability
-    `undelivered_rate`; a whole request raises `FastSmsingError` with probability `failure_rate`.
+    `undelivered_rate`; a request raises `FastSmsingError` with probability `failure_rate`.
     Thread-safe. `rng` (default: a new `random.Random`) makes a run repeatable.
     """
 

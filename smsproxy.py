@@ -1,50 +1,57 @@
 """The domain: accept messages, batch them, hand them to FastSMSing, follow what becomes of them.
 
-`SmsProxy` is the facade. Behind it a `SimpleBatchingClient` gathers messages and sends them from
-its own threads, a `StatusUpdater` applies FastSMSing's delivery reports, and a `Repository`
-remembers the status of every message. Nothing here knows of HTTP, flags or files.
+`SmsProxy` is the facade. A `Repository` keeps statuses and the outbox, the messages not yet handed
+over. The outbox is the queue: the senders of a `SimpleBatchingClient` claim batches from it, and a
+`StatusUpdater` applies FastSMSing's delivery reports. Nothing here knows of HTTP, flags or files.
 """
 from __future__ import annotations
 
+import abc
+import bisect
 import contextlib
 import hashlib
-import json
+import itertools
 import logging
 import math
 import os
 import queue
 import random
-import struct
 import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import fastsmsing
 from fastsmsing import FastSmsingClient, Message, RejectedError
 
 __all__ = [
-    "ClientResult", "ClientStatistics", "ClosedError", "DuplicateMessageError", "DurableRepository",
-    "FINAL_STATUSES", "IdempotencyError", "InMemoryRepository", "MessageStatus", "OverloadedError", "Repository",
-    "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy",
-    "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater",
-    "TRANSITIONS", "Metrics", "UnknownMessageError", "UnknownStatusError", "ValidationError",
-    "check_transition", "map_to_internal_status", "validate",
+    "Batch", "CircuitBreaker", "Claim", "ClientResult", "ClientStatistics", "ClosedError", "DuplicateMessageError",
+    "Entry", "FAMILIES", "FINAL_STATUSES", "Family", "IdempotencyError", "InMemoryRepository", "Incident",
+    "MessageStatus", "Metrics", "OverloadedError", "Reason", "Repository", "RepositoryUnavailableError", "SendMessage",
+    "SendingResult", "SimpleBatchingClient", "SmsProxy", "SmsProxyConfig", "SmsProxyError", "Statistics",
+    "StatusTransitionError", "StatusUpdateError", "StatusUpdater", "TRANSITIONS", "UnknownMessageError",
+    "UnknownStatusError", "ValidationError", "check_transition", "describe", "map_to_internal_status",
 ]  # fmt: skip
 
 log = logging.getLogger("smsproxy")
 
 RESULTS_WAITING = 1_000  # results a slow statistics sink may be behind before the newest are dropped
 UPDATES_WAITING = 10_000  # delivery reports the provider may be ahead of us before it has to wait
+UPDATES_AT_ONCE = 100  # mappings of reports in one transaction
 ERRORS_WAITING = 1_000  # failed updates kept for whoever reads `StatusUpdater.errors`
 LONGEST_WAIT = 3_600.0  # seconds; bounds what a provider can ask for with `retry_after`
+DRAIN_BACKOFF = 1.0  # seconds; longest backoff during a drain, whose time is short
 GRACE = 1.0  # seconds that the last steps of a stop get even when its deadline has passed
+REPOSITORY_RETRY = 1.0  # seconds, longest wait before the repository is tried again
 RETENTION = 3 * 24 * 3600.0  # seconds
+FORGET_STEP = 500  # messages forgotten at a time: some ten microseconds to a millisecond
+LONGEST_MESSAGE = 1_600  # code points: ten concatenated parts, as most providers limit it
+LONGEST_NUMBER = 15  # digits (ITU-T E.164)
 
 
 # Errors
@@ -95,7 +102,7 @@ class ClosedError(SmsProxyError):
 
 
 class RepositoryUnavailableError(SmsProxyError):
-    """The repository cannot write just now (disk full, file locked); nothing was changed; try again later."""
+    """The repository cannot be used just now (disk full, file locked); nothing was changed; try again later."""
 
 
 # Statuses
@@ -104,11 +111,19 @@ class RepositoryUnavailableError(SmsProxyError):
 class MessageStatus(str, Enum):
     """What the proxy says of a message."""
 
-    ACCEPTED = "ACCEPTED"  # it will go out in the nearest batch
+    ACCEPTED = "ACCEPTED"  # it will go out in the nearest batch, or FastSMSing has not reported on it yet
     NOT_FOUND = "NOT_FOUND"  # never accepted here, or forgotten
     CONFIRMED = "CONFIRMED"
     FAILED = "FAILED"
     DELIVERED = "DELIVERED"
+
+
+class Reason(str, Enum):
+    """Why the proxy gave a message up. As an update of a message it makes the message `FAILED`."""
+
+    REJECTED = "rejected"  # FastSMSing refuses it
+    ATTEMPTS = "attempts"  # all attempts are used
+    EXPIRED = "expired"  # older than `max_age`
 
 
 FINAL_STATUSES = frozenset({MessageStatus.FAILED, MessageStatus.DELIVERED})
@@ -121,21 +136,27 @@ TRANSITIONS: Mapping[MessageStatus, frozenset[MessageStatus]] = {
 }
 
 
+
+def status_of(update: MessageStatus | Reason) -> MessageStatus:
+    """The status that an update leads to."""
+    return MessageStatus.FAILED if isinstance(update, Reason) else update
+
+
 def check_transition(message_id: str, current: MessageStatus, status: MessageStatus) -> None:
-    """The one judge: raises `UnknownMessageError` or `StatusTransitionError` for a change that is not allowed."""
+    """Raises `UnknownMessageError` or `StatusTransitionError` for a change that is not allowed."""
     if current is MessageStatus.NOT_FOUND:
         raise UnknownMessageError(f"message {message_id} is not known")
     if status not in TRANSITIONS[current]:
         raise StatusTransitionError(f"message {message_id} cannot go from {current.value} to {status.value}")
 
 
-_INTERNAL = {status: MessageStatus(status.value) for status in fastsmsing.MessageStatus}
+_INTERNAL: dict[str, MessageStatus] = {status: MessageStatus(status.value) for status in fastsmsing.MessageStatus}
 
 
 def map_to_internal_status(status: object) -> MessageStatus:
     """The proxy's status for one of FastSMSing's; raises `UnknownStatusError`."""
-    if isinstance(status, str) and status in _INTERNAL:
-        return _INTERNAL[status]  # type: ignore[index]  # a str enum's members equal their values
+    if isinstance(status, str) and (known := _INTERNAL.get(status)) is not None:  # a str enum's members equal their values
+        return known
     word = isinstance(status, str) and len(status) <= 30 and status.isupper() and status.isidentifier()
     raise UnknownStatusError(f"unknown status {status if word else type(status).__name__}")
 
@@ -150,12 +171,78 @@ class SendMessage:
     phone_number: str = field(repr=False)
     message: str = field(repr=False)
 
+    def validate(self) -> None:
+        """Raises `ValidationError` unless this can be sent. The values may be of any type."""
+        number, text = self.phone_number, self.message
+        for name, value, longest in (("phone_number", number, LONGEST_NUMBER), ("message", text, LONGEST_MESSAGE)):
+            if not isinstance(value, str):
+                raise ValidationError(name, "must be a string")
+            if not 0 < len(value) <= longest:
+                raise ValidationError(name, f"must have at most {longest} characters" if value else "must not be empty")
+        if not (number.isascii() and number.isdigit()):
+            raise ValidationError("phone_number", "must consist of the digits 0 to 9 only")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # could not be sent on
+            raise ValidationError("message", "must not contain lone surrogates") from None
+
+    def to_message(self, message_id: str) -> Message:
+        """The message as FastSMSing gets it."""
+        return Message(self.phone_number, self.message, message_id)
+
 
 @dataclass(frozen=True, slots=True)
 class SendingResult:
     """The ID under which a message was accepted."""
 
     id: str
+
+
+@dataclass(slots=True)
+class Entry:
+    """A message in the outbox. `fingerprint` comes with an idempotency key and tells a repeat from a misuse.
+
+    The repository sets `accepted_at` when it saves or claims the entry: seconds on this process's
+    monotonic clock, so that the age of a message is the same everywhere and no jump of the wall clock
+    changes it. Not frozen for that reason alone.
+    """
+
+    message: Message
+    fingerprint: bytes | None = None
+    accepted_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Entries claimed together, oldest first. `lease` is the repository's own; parts of a batch share it."""
+
+    entries: tuple[Entry, ...]
+    lease: Any = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def ids(self) -> list[str]:
+        """The IDs of the messages."""
+        return [entry.message.message_id for entry in self.entries]
+
+    def only(self, keep: Callable[[Entry], bool]) -> Batch:
+        """The part of the batch for which `keep` is true."""
+        return replace(self, entries=tuple(filter(keep, self.entries)))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a look into the outbox found.
+
+    `waiting`: how many unclaimed messages remain, as far as the repository looked. `wait`: seconds until
+    the oldest of them is due; None when only another message can make a batch leave.
+    """
+
+    batch: Batch | None = None
+    waiting: int = 0
+    wait: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,39 +252,34 @@ class ClientResult:
     messages: tuple[Message, ...]
     error: BaseException | None
     attempt: int
-    max_attempts: int
+    max_attempts: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class SmsProxyConfig:
     """When batches leave and how hard we try; times in seconds. Wrong values raise `ValidationError`."""
 
-    batch_size: int = 10  # messages that make a batch leave; 1 or less turns batching off
-    max_batch_size: int | None = None  # most messages in one request; None means batch_size
-    max_delay: float | None = 5.0  # longest linger of a message; None waits for ever
+    batch_size: int = 100  # the most messages in one request; so many leave at once; 1 or less turns batching off
+    max_delay: float | None = 5.0  # longest linger of a message; None waits for a full batch for ever
     senders: int = 4  # requests to the provider at a time
-    max_pending: int = 10_000  # accepted and not yet handed over
-    max_attempts: int = 3  # tries per batch; less than 1 counts as 1
-    backoff_base: float = 0.1  # full jitter: before retry n uniform in 0 .. min(max, base * 2 ** (n - 1))
-    backoff_max: float = 10.0
+    max_pending: int = 100_000  # accepted and not yet handed over
+    max_attempts: int | None = 100  # tries per batch; less than 1 counts as 1; None: no limit
+    backoff_base: float = 0.5  # before try n + 1: uniform in half to all of min(max, base * 2 ** (n - 1))
+    backoff_max: float = 30.0
     max_age: float | None = None  # older messages are not sent any more; None sends them all
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            self._check(spec.name, getattr(self, spec.name), whole="int" in spec.type)
-        size = max(1, self.batch_size)
-        largest = size if self.max_batch_size is None or size == 1 else self.max_batch_size
-        object.__setattr__(self, "batch_size", size)
-        object.__setattr__(self, "max_batch_size", largest)
-        object.__setattr__(self, "max_attempts", max(1, self.max_attempts))
-        if largest < size:
-            raise ValidationError("max_batch_size", "must not be less than batch_size")
-        if self.max_pending < size:
+            self._check(spec.name, getattr(self, spec.name), whole="int" in spec.type, optional="None" in spec.type)
+        object.__setattr__(self, "batch_size", max(1, self.batch_size))
+        if self.max_attempts is not None:
+            object.__setattr__(self, "max_attempts", max(1, self.max_attempts))
+        if self.max_pending < self.batch_size:
             raise ValidationError("max_pending", "must not be less than batch_size")
 
     @staticmethod
-    def _check(name: str, value: Any, whole: bool) -> None:
-        if value is None and name in ("max_batch_size", "max_delay", "max_age"):
+    def _check(name: str, value: Any, whole: bool, optional: bool) -> None:
+        if value is None and optional:
             return
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             raise ValidationError(name, "must be a whole number" if whole else "must be a number")
@@ -206,137 +288,345 @@ class SmsProxyConfig:
         if not whole and not 0 <= value <= sys.float_info.max:
             raise ValidationError(name, "must be a finite number of seconds, not negative")
 
+    def backoff(self, failures: int, fraction: float) -> float:
+        """Seconds to wait after so many failures; `fraction` in 0..1 is the jitter."""
+        return min(self.backoff_max, self.backoff_base * 2.0 ** min(failures - 1, 64)) * (0.5 + fraction / 2)
+
 
 # Repositories
 
 
-class Repository(Protocol):
-    """Remembers statuses. Safe under any number of threads.
+class Repository(abc.ABC):
+    """Keeps the statuses of messages and the outbox. Safe under any number of threads.
 
-    One whose methods may block for long sets `slow = True`; they are then kept off the serving thread.
+    Implementations differ in where they keep things and in nothing that callers can see. Any method
+    may raise `RepositoryUnavailableError`, and then has changed nothing. A message is in the outbox
+    from `save_all` until it is handed over, or an update says what became of it. What is not in the
+    outbox is forgotten `retention` seconds after its last change (0: never).
     """
 
-    def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
-        """Stores `ACCEPTED`; raises `DuplicateMessageError`. A `fingerprint` only comes with an idempotency key."""
+    blocking = False  # whether methods may wait for a disk or a network: keep them off the serving thread
+    durable = False  # whether the outbox outlives the process
+    poll: float | None = None  # seconds between looks for what other processes saved; None: there are none
 
+    @abc.abstractmethod
+    def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
+        """Stores each entry as `ACCEPTED` and puts it into the outbox, all in one step.
+
+        Returns for each, in order, None or why it is not stored: `DuplicateMessageError`, or
+        `OverloadedError` when the outbox already holds `max_pending` messages.
+        """
+
+    @abc.abstractmethod
     def get(self, message_id: str) -> MessageStatus:
         """The status, `NOT_FOUND` when unknown."""
 
+    @abc.abstractmethod
+    def reason(self, message_id: str) -> Reason | None:
+        """Why the proxy itself made the message `FAILED`; None for every other message."""
+
+    @abc.abstractmethod
+    def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
+        """Applies the updates in one step; returns why some could not be. What is updated leaves the outbox."""
+
+    @abc.abstractmethod
+    def claim(self, size: int, max_delay: float | None) -> Claim:
+        """Takes the next batch, in order of acceptance, or tells when there will be one, in one step.
+
+        A batch may leave when `size` messages wait or the oldest has waited `max_delay` seconds (None:
+        for ever), and then holds up to `size` messages. Nobody else gets a claimed message before it is
+        released.
+        """
+
+    @abc.abstractmethod
+    def release(self, batch: Batch) -> None:
+        """Puts claimed messages back to the front of the outbox."""
+
+    @abc.abstractmethod
+    def handed_over(self, batch: Batch) -> None:
+        """Takes messages that FastSMSing took out of the outbox, and erases their numbers and texts."""
+
+    @abc.abstractmethod
+    def backlog(self) -> int:
+        """How many messages are in the outbox, claimed ones included."""
+
+    @abc.abstractmethod
+    def oldest(self) -> float | None:
+        """Seconds since the oldest message in the outbox was accepted; None when it is empty."""
+
+    @abc.abstractmethod
+    def forget(self) -> float | None:
+        """Forgets a few messages that are due; returns the seconds until it is to be called again, None for never."""
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether the batch is still this process's to send. Never blocks."""
+        return True
+
+    def size(self) -> int:
+        """Bytes on disk; 0 for none."""
+        return 0
+
+    def check(self) -> None:
+        """Raises `RepositoryUnavailableError` when nothing could be written now."""
+
+    def close(self) -> None:
+        """Frees what it holds; later calls raise `RepositoryUnavailableError` where that matters."""
+
+    def save(self, message_id: str, message: Message | None = None) -> None:
+        """`save_all` for one message; raises what it returns. Without a `message` there is nothing to send."""
+        entry = Entry(replace(message, message_id=message_id) if message else Message("", "", message_id))
+        for error in self.save_all([entry]):
+            if error is not None:
+                raise error
+        if message is None:
+            self.handed_over(Batch((entry,)))
+
     def update(self, message_id: str, status: MessageStatus) -> None:
         """Raises `UnknownMessageError` or `StatusTransitionError`, and then changes nothing."""
+        for error in self.update_all({message_id: status}).values():
+            raise error
 
 
-class DurableRepository(Repository, Protocol):
-    """A repository that survives a restart: it also keeps the outbox, the messages not yet handed over.
-
-    Every method returns when its change is on disk, or raises `RepositoryUnavailableError` when nothing
-    can be written now.
-    """
-
-    def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
-        """`save` for messages with their fingerprints, in one transaction; what it would raise for each of them."""
-
-    def update_all(self, updates: Mapping[str, MessageStatus]) -> dict[str, Exception]:
-        """Applies the updates in one transaction; returns why some could not be."""
-
-    def handed_over(self, message_ids: Iterable[str]) -> None:
-        """Takes messages out of the outbox and erases their numbers and texts."""
-
-    def outbox(self) -> Iterable[tuple[float, Message]]:
-        """Time of acceptance (as of `time.time`) and message, oldest first."""
+def time_to_claim(waiting: int, size: int, age: float, max_delay: float | None) -> float | None:
+    """Seconds until a batch may leave, 0 for now, when the oldest of `waiting` messages is so old."""
+    if waiting >= size:
+        return 0.0
+    if max_delay is None or not waiting:
+        return None
+    return max_delay - age if max_delay - age > 1e-6 else 0.0  # shorter waits may be lost in rounding
 
 
-class InMemoryRepository:
-    """Statuses in a dict; a restart loses them. Thread-safe; nothing blocks.
+class InMemoryRepository(Repository):
+    """A repository in dicts; a restart loses it. Nothing blocks.
 
-    A final status is forgotten `retention` seconds after it was reached (0: never), a few at a time
-    whenever something is stored or updated, and late by at most a thousandth of that time.
+    A message is forgotten late by at most a thousandth of `retention`.
     """
 
     def __init__(self, retention: float = RETENTION, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._retention, self._clock = retention, clock
         self._lock = threading.Lock()  # guards everything below
-        self._statuses: dict[str, MessageStatus] = {}
+        # Status, reason and time to forget. Messages that changed to the same status within retention / 1000
+        # share one tuple: a tuple for each would cost more memory than its status does.
+        self._records: dict[str, tuple[MessageStatus, Reason | None, float]] = {}
         self._fingerprints: dict[str, bytes] = {}
-        # IDs by the time to forget them, in lists that each span retention / 1000: a time to each ID would
-        # cost more memory than its status does.
-        self._finals: deque[tuple[float, list[str]]] = deque()
+        self._waiting: OrderedDict[str, Entry] = OrderedDict()
+        self._claimed: dict[str, Entry] = {}
+        self._slices: deque[tuple[float, list[str]]] = deque()  # time to forget, IDs changed in one slice of time
+        self._slice_end = -math.inf
+        self._shared: dict[MessageStatus | Reason, tuple[MessageStatus, Reason | None, float]] = {}
 
-    def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
-        """Stores `ACCEPTED`; raises `DuplicateMessageError`. The message itself is not kept."""
+    def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
+        """See `Repository`."""
         with self._lock:
-            if self._finals:
-                self._forget(self._clock())
-            if message_id in self._statuses:
-                raise DuplicateMessageError(message_id, self._fingerprints.get(message_id))
-            self._statuses[message_id] = MessageStatus.ACCEPTED
-            if fingerprint is not None:
-                self._fingerprints[message_id] = fingerprint
+            now, limit = self._clock(), math.inf if max_pending is None else max_pending
+            errors: list[Exception | None] = []
+            for entry in entries:
+                message_id = entry.message.message_id
+                record = self._records.get(message_id)
+                if record is not None and record[2] > now:
+                    errors.append(DuplicateMessageError(message_id, self._fingerprints.get(message_id)))
+                elif len(self._waiting) + len(self._claimed) >= limit:
+                    errors.append(OverloadedError("too many messages are pending"))
+                else:
+                    entry.accepted_at = now
+                    self._records[message_id], self._waiting[message_id] = _IN_OUTBOX, entry
+                    if entry.fingerprint is not None:
+                        self._fingerprints[message_id] = entry.fingerprint
+                    errors.append(None)
+            return errors
 
     def get(self, message_id: str) -> MessageStatus:
-        """The status, `NOT_FOUND` when unknown."""
-        return self._statuses.get(message_id, MessageStatus.NOT_FOUND)  # a dict look-up is atomic
+        """See `Repository`."""
+        record = self._records.get(message_id)  # a dict look-up is atomic
+        return MessageStatus.NOT_FOUND if record is None or record[2] <= self._clock() else record[0]
 
-    def update(self, message_id: str, status: MessageStatus) -> None:
-        """Raises `UnknownMessageError` or `StatusTransitionError`, and then changes nothing."""
+    def reason(self, message_id: str) -> Reason | None:
+        """See `Repository`."""
+        return self._records.get(message_id, _IN_OUTBOX)[1]
+
+    def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
+        """See `Repository`."""
+        failures: dict[str, Exception] = {}
         with self._lock:
-            current = self._statuses.get(message_id, MessageStatus.NOT_FOUND)
-            if status not in TRANSITIONS[current]:
-                check_transition(message_id, current, status)
-            self._statuses[message_id] = status
-            if status in FINAL_STATUSES and self._retention:
-                now = self._clock()
-                self._remember_final(message_id, now + self._retention * 1.001)
-                self._forget(now)
+            now = self._clock()
+            for message_id, update in updates.items():
+                record = self._records.get(message_id)
+                current = MessageStatus.NOT_FOUND if record is None or record[2] <= now else record[0]
+                try:
+                    if status_of(update) not in TRANSITIONS[current]:
+                        check_transition(message_id, current, status_of(update))
+                    if record is _IN_OUTBOX:
+                        self._leave_outbox(message_id)
+                    self._change(message_id, update, now)
+                except SmsProxyError as error:
+                    failures[message_id] = error
+        return failures
 
-    def _remember_final(self, message_id: str, forget_at: float) -> None:
-        if self._finals and forget_at - self._finals[-1][0] < self._retention / 1000:
-            self._finals[-1][1].append(message_id)
-        else:
-            self._finals.append((forget_at, [message_id]))
+    def claim(self, size: int, max_delay: float | None) -> Claim:
+        """See `Repository`."""
+        with self._lock:
+            waiting = len(self._waiting)
+            age = self._clock() - next(iter(self._waiting.values())).accepted_at if waiting else 0.0
+            wait = time_to_claim(waiting, size, age, max_delay)
+            if wait != 0.0:
+                return Claim(None, waiting, wait)
+            taken = dict([self._waiting.popitem(last=False) for _ in range(min(size, waiting))])
+            self._claimed.update(taken)
+            return Claim(Batch(tuple(taken.values())), waiting - len(taken))
 
-    def _forget(self, now: float) -> None:
-        """Forgets a few: more than are added by one call, so that what is due never piles up."""
-        if self._finals[0][0] > now:
-            return
-        due = self._finals[0][1]
-        for message_id in due[-4:]:
-            del self._statuses[message_id]
-            self._fingerprints.pop(message_id, None)
-        del due[-4:]
-        if not due:
-            self._finals.popleft()
+    def release(self, batch: Batch) -> None:
+        """See `Repository`."""
+        with self._lock:
+            for entry in reversed(batch.entries):
+                message_id = entry.message.message_id
+                if self._claimed.pop(message_id, None):  # otherwise it was reported on meanwhile
+                    self._waiting[message_id] = entry
+                    self._waiting.move_to_end(message_id, last=False)
+
+    def handed_over(self, batch: Batch) -> None:
+        """See `Repository`."""
+        with self._lock:
+            now = self._clock()
+            for message_id in batch.ids:
+                if self._leave_outbox(message_id):
+                    self._change(message_id, MessageStatus.ACCEPTED, now)
+
+    def backlog(self) -> int:
+        """See `Repository`."""
+        return len(self._waiting) + len(self._claimed)
+
+    def oldest(self) -> float | None:
+        """See `Repository`."""
+        with self._lock:
+            entries = [*self._claimed.values(), *itertools.islice(self._waiting.values(), 1)]
+            return self._clock() - min(entry.accepted_at for entry in entries) if entries else None
+
+    def forget(self) -> float | None:
+        """See `Repository`."""
+        with self._lock:
+            now, slices = self._clock(), self._slices
+            for _ in range(FORGET_STEP):
+                if not slices or slices[0][0] > now:
+                    break
+                if not slices[0][1]:
+                    slices.popleft()
+                    continue
+                message_id = slices[0][1].pop()
+                record = self._records.get(message_id)
+                if record is not None and record[2] <= now:  # otherwise it changed again later
+                    del self._records[message_id]
+                    self._fingerprints.pop(message_id, None)
+            if not self._retention:
+                return None
+            return max(0.0, slices[0][0] - now) if slices else self._retention
+
+    def _leave_outbox(self, message_id: str) -> Entry | None:
+        return self._claimed.pop(message_id, None) or self._waiting.pop(message_id, None)
+
+    def _change(self, message_id: str, update: MessageStatus | Reason, now: float) -> None:
+        """Records a message that is not in the outbox any more."""
+        if now >= self._slice_end:
+            self._slice_end = now + self._retention / 1000
+            self._shared = {}
+            if self._retention:
+                self._slices.append((self._slice_end + self._retention, []))
+        record = self._shared.get(update)
+        if record is None:
+            forget_at = self._slices[-1][0] if self._retention else math.inf
+            record = (status_of(update), update if isinstance(update, Reason) else None, forget_at)
+            self._shared[update] = record
+        if self._retention and self._records[message_id][2] != record[2]:
+            self._slices[-1][1].append(message_id)
+        self._records[message_id] = record
 
 
-# Statistics
+_IN_OUTBOX = (MessageStatus.ACCEPTED, None, math.inf)
+
+
+# Monitoring
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: its name, type, help, and from the start every value of its label and every bucket's bound."""
+
+    name: str
+    kind: str  # counter, gauge or histogram
+    help: str
+    label: str = ""
+    values: tuple[str, ...] = ("",)
+    bounds: tuple[float, ...] = ()
+
+
+_SHORT = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
+_LONG = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0)  # seconds
+_RESULTS = ("ok", "rejected", "error")
+FAMILIES = (
+    Family("smsproxy_messages_accepted_total", "counter", "Messages accepted."),
+    Family("smsproxy_messages_handed_over_total", "counter", "Messages that FastSMSing took."),
+    Family("smsproxy_messages_given_up_total", "counter", "Messages given up, by reason.", "reason",
+           tuple(reason.value for reason in Reason)),
+    Family("smsproxy_messages_final_total", "counter", "Messages that reached a final status.", "status",
+           tuple(sorted(status.value for status in FINAL_STATUSES))),
+    Family("smsproxy_batches_total", "counter", "Batches by how they ended; a rejected one is split.", "result",
+           ("handed_over", "split", "given_up")),
+    Family("smsproxy_batch_messages", "histogram", "Messages in a request.",
+           bounds=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)),
+    Family("smsproxy_provider_requests_total", "counter", "Requests to FastSMSing; each is billed.", "result", _RESULTS),
+    Family("smsproxy_provider_request_duration_seconds", "histogram", "Time that a request to FastSMSing took.", "result",
+           _RESULTS, _SHORT),
+    Family("smsproxy_handover_wait_seconds", "histogram", "Time from acceptance to the request that handed the message over.",
+           bounds=_LONG),
+    Family("smsproxy_final_status_seconds", "histogram", "Time from acceptance to a final status.", bounds=_LONG),
+    Family("smsproxy_status_updates_total", "counter", "Delivery reports, by what became of them.", "result",
+           ("applied", "refused", "unknown_message", "unknown_status", "error")),
+    Family("smsproxy_provider_requests_in_flight", "gauge", "Requests to FastSMSing under way."),
+    Family("smsproxy_requests_saved", "gauge", "Messages handed over less all requests made."),
+    Family("smsproxy_pending_messages", "gauge", "Messages accepted and not yet handed over."),
+    Family("smsproxy_pending_messages_limit", "gauge", "With so many pending messages no more are accepted."),
+    Family("smsproxy_oldest_pending_message_age_seconds", "gauge", "Age of the oldest pending message, 0 without one."),
+    Family("smsproxy_database_bytes", "gauge", "Size of the database file, 0 without one."),
+    Family("smsproxy_circuit_breaker_open_seconds", "gauge", "Time since requests stopped, 0 while they are made."),
+    Family("smsproxy_circuit_breaker_next_try_seconds", "gauge", "Time until the next request while the breaker is open."),
+)  # fmt: skip
 
 
 class Metrics:
-    """Counters for monitoring, by metric name and label value. Thread-safe."""
-
-    BOUNDS: Mapping[str, tuple[float, ...]] = {  # of the histograms' buckets
-        "smsproxy_batch_messages": (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, math.inf),
-        "smsproxy_provider_request_duration_seconds": (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, math.inf),
-    }
+    """Counters and histograms for monitoring, all at 0 from the start. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _counts
-        self._counts: dict[tuple[str, str | float], float] = {}
+        self._bounds = {family.name: family.bounds for family in FAMILIES}
+        self._lock = threading.Lock()  # guards _rows
+        # A counter's value; of a histogram the count of each bucket, of what exceeds them all, and the sum.
+        self._rows: dict[tuple[str, str], list[float]] = {
+            (family.name, value): [0.0] * (len(family.bounds) + 2 if family.bounds else 1)
+            for family in FAMILIES if family.kind != "gauge" for value in family.values
+        }  # fmt: skip
 
-    def add(self, name: str, label: str | float = "", amount: float = 1) -> None:
+    def add(self, name: str, label: str = "", amount: float = 1) -> None:
         """Adds to a counter."""
         with self._lock:
-            self._counts[name, label] = self._counts.get((name, label), 0) + amount
+            self._rows[name, label][0] += amount
 
-    def observe(self, name: str, value: float) -> None:
-        """Adds a value to a histogram: counts its bucket, labelled by the upper bound, and sums it up."""
-        self.add(name, next(bound for bound in self.BOUNDS[name] if value <= bound))
-        self.add(f"{name}_sum", "", value)
-
-    def counts(self) -> dict[tuple[str, str | float], float]:
-        """The counters so far, by name and label."""
+    def observe(self, name: str, values: Iterable[float], label: str = "") -> None:
+        """Adds values to a histogram."""
+        bounds = self._bounds[name]
         with self._lock:
-            return dict(self._counts)
+            row = self._rows[name, label]
+            for value in values:
+                row[bisect.bisect_left(bounds, value)] += 1
+                row[-1] += value
+
+    def total(self, name: str) -> float:
+        """The sum of a counter over the values of its label."""
+        with self._lock:
+            return sum(row[0] for (each, _), row in self._rows.items() if each == name)
+
+    def rows(self) -> dict[tuple[str, str], list[float]]:
+        """The figures so far by name and value of the label: one for a counter; for a histogram the count of each
+        bucket, the count beyond the last, and the sum. They are soon stale."""
+        with self._lock:
+            return {key: list(row) for key, row in self._rows.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +634,7 @@ class Statistics:
     """How well the provider does."""
 
     success: int = 0  # batches that it took
-    failed: int = 0  # batches given up
+    failed: int = 0  # batches that it rejected, or that were given up
     messages: int = 0  # in all these batches
     attempts: int = 0
     last_error: str | None = None
@@ -369,34 +659,65 @@ class ClientStatistics:
         with self._lock:
             old = self._sum
             self._sum = Statistics(
-                success=old.success + (not failed),
-                failed=old.failed + failed,
-                messages=old.messages + len(result.messages),
-                attempts=old.attempts + result.attempt,
-                last_error=_reason(result.error, result.messages) if result.error is not None else old.last_error,
-            )
+                old.success + (not failed), old.failed + failed,
+                old.messages + len(result.messages), old.attempts + result.attempt,
+                old.last_error if result.error is None else describe(result.error),
+            )  # fmt: skip
 
     def get_statistics(self) -> Statistics:
         """The figures of one moment, already a little old when they are read."""
         return self._sum
 
 
-def _reason(error: BaseException, messages: Iterable[Message]) -> str:
-    """An error in words, without the numbers and texts that a provider may have put into it."""
-    try:
-        text = f"{type(error).__name__}: {error}"
-    except Exception:  # it is not ours
-        return type(error).__name__
-    secrets = {secret for message in messages for secret in (message.phone_number, message.message)}
-    spelled = {spelling[cut] for secret in secrets for spelling, cut in (
-        (secret, slice(None)), *((spell(secret), slice(1, -1)) for spell in (repr, ascii, json.dumps)))}  # fmt: skip
-    for secret in sorted(spelled, key=len, reverse=True):  # the longest first: one may be part of another
-        text = text.replace(secret, "***")
-    return " ".join(text.split())[:500]  # in one line: it would pass for lines of ours
+def describe(error: BaseException) -> str:
+    """An error's type, its number if it has one (errno, HTTP status), and the type of its cause.
+
+    Never its text: a provider's error may quote a phone number or a message, in any spelling.
+    """
+    candidates: list[object] = list(getattr(error, "args", ())[:1])
+    with contextlib.suppress(Exception):  # attributes of somebody else's class may be code that fails
+        candidates += [getattr(error, name, None) for name in ("errno", "code", "status")]
+    number = next((each for each in candidates if type(each) is int and 0 < each < 1_000), None)
+    described = type(error).__name__ if number is None else f"{type(error).__name__} {number}"
+    return described if error.__cause__ is None else f"{described} from {type(error.__cause__).__name__}"
 
 
-def _ids(messages: Iterable[Message]) -> str:
-    return " ".join(message.message_id for message in messages)
+class Incident:
+    """Logs an error that repeats when it begins, once a minute with its count, and when it ends. Thread-safe."""
+
+    PAUSE = 60.0  # seconds between two lines about the same error
+
+    def __init__(self, logger: logging.Logger, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._what, self._clock = logger, what, clock
+        self._lock = threading.Lock()  # guards the following
+        self._count = 0  # of errors since it began; 0 when all is well
+        self._began = self._logged = 0.0
+
+    def failed(self, error: object) -> None:
+        """Counts an error, and logs it when it is time."""
+        with self._lock:
+            now = self._clock()
+            self._count += 1
+            count = self._count
+            if count == 1:
+                self._began = now
+            elif now - self._logged < self.PAUSE:
+                return
+            self._logged, began = now, self._began
+        self._log.error("%s: %s (%d times in %.0f s)", self._what, error, count, now - began)
+
+    def ended(self) -> None:
+        """Logs that all is well again, if it was not."""
+        if not self._count:  # the common case costs no lock
+            return
+        with self._lock:
+            count, self._count = self._count, 0
+            seconds = self._clock() - self._began
+        if count:
+            self._log.warning("over after %.1f s and %d errors: %s", seconds, count, self._what)
+
+
+# Threads
 
 
 def _work_in_background() -> None:
@@ -409,389 +730,26 @@ def _work_in_background() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-class _Worker:
-    """One daemon thread that hands every item of a queue to `handle`, until it takes a `None`."""
-
-    def __init__(self, role: str, inbox: queue.Queue[Any], handle: Callable[[Any], None]) -> None:
-        self._inbox, self._handle = inbox, handle
-        self._thread = threading.Thread(target=self._run, name=f"smsproxy-{role}-1", daemon=True)
-
-    def start(self) -> None:
-        """Starts the thread; a second call does nothing."""
-        if self._thread.ident is None:
-            self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs."""
-        return self._thread.is_alive()
-
-    @property
-    def dead(self) -> bool:
-        """Whether it was started and runs no more."""
-        return self._thread.ident is not None and not self.alive
-
-    def stop(self, timeout: float | None) -> bool:
-        """Lets the thread finish what is in the queue; False if it did not in `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if self._thread.is_alive():
-            with contextlib.suppress(queue.Full):  # it hangs, which the join will tell
-                self._inbox.put(None, timeout=timeout)
-            self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        _work_in_background()
-        while True:
-            item = self._inbox.get()
-            try:
-                if item is None:
-                    return
-                self._handle(item)
-            except Exception as error:  # its text could hold a phone number
-                at = traceback.extract_tb(error.__traceback__)[-1]
-                kind = type(error).__name__
-                log.error("%s goes on after a %s at %s:%d", self._thread.name, kind, at.filename, at.lineno)
-            finally:
-                self._inbox.task_done()
+def _location(error: BaseException) -> str:
+    """An unexpected error's type and place; its text could hold a phone number."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {os.path.basename(at.filename)}:{at.lineno}"
 
 
-# Batching
-
-
-class SimpleBatchingClient:
-    """Gathers messages and hands them over in batches, from threads of its own. Thread-safe.
-
-    A batch is cut late, when a sender is free to carry it: once `batch_size` messages are pending, or
-    the oldest has lingered for `max_delay`, or a flush or stop is under way. It then takes up to
-    `max_batch_size`, so that batches grow while every sender is busy. `statistics` gets one
-    `ClientResult` per batch from a thread of its own, and only ever delays itself. `settle` is called
-    before a batch is marked `FAILED`, so that delivery reports received before can be applied first.
-    `clock` (seconds) and `rng` (uniform in 0..1) are there for tests.
-    """
-
-    def __init__(
-        self,
-        repository: Repository,
-        client: FastSmsingClient,
-        config: SmsProxyConfig = SmsProxyConfig(),
-        statistics: Any = None,
-        *,
-        metrics: Metrics | None = None,
-        settle: Callable[[], object] = lambda: None,
-        clock: Callable[[], float] = time.monotonic,
-        rng: Callable[[], float] = random.random,
-    ) -> None:
-        self._repository, self._client, self._config = repository, client, config
-        self._durable = hasattr(repository, "outbox")
-        self._metrics = metrics or Metrics()
-        self._settle, self._clock, self._rng = settle, clock, rng
-        self._lock = threading.Lock()  # guards everything below
-        self._condition = threading.Condition(self._lock)  # senders wait for a batch, `stop` for the last one to end
-        self._fifo: deque[tuple[float, Message]] = deque()  # time of acceptance, message
-        self._in_flight: dict[int, list[tuple[float, Message]]] = {}  # by thread
-        self._requests = 0  # to the provider, under way
-        self._pending = 0  # reserved, in the FIFO or in flight
-        self._left = 0  # of those, given back to the outbox by a stop
-        self._queued = self._taken = self._flush_until = 0  # counts of messages, in their order
-        self._keeper = False  # one idle sender watches the linger of the oldest message; the others sleep
-        self._closing = self._abandoned = False
-        self._threads: list[threading.Thread] = []
-        self._hurry = threading.Event()  # set by stop: cuts every wait between tries short
-        self._results: queue.Queue[ClientResult | None] = queue.Queue(RESULTS_WAITING)
-        self._reporter = _Worker("statistics", self._results, statistics.send) if statistics is not None else None
-
-    # Accepting
-
-    def send(self, message: SendMessage, message_id: str, fingerprint: bytes | None = None) -> None:
-        """Saves the message as `ACCEPTED` and queues it; blocks for the repository only.
-
-        Raises `OverloadedError`, `ClosedError` or what the repository's `save` raises; then nothing
-        is queued.
-        """
-        outgoing = Message(message.phone_number, message.message, message_id)
-        for error in self.send_all([(outgoing, fingerprint)]):
-            if error is not None:
-                raise error
-
-    def send_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
-        """`send` for messages with their fingerprints, at little more than the price of one.
-
-        Returns what `send` would raise for each of them, in their order.
-        """
-        results: list[Exception | None] = []
-        while rest := messages[len(results) :]:  # once more when some gave their places back
-            room, refusal = self._reserve(len(rest))
-            if not room:
-                return results + [refusal] * len(rest)
-            errors: list[Exception | None] = []
-            try:
-                errors = _save_all(self._repository, rest[:room])
-            finally:
-                self._enqueue([message for (message, _), error in zip(rest, errors) if error is None], room)
-            results += errors
-        return results
-
-    def restore(self, outbox: Iterable[tuple[float, Message]]) -> int:
-        """Queues what an earlier process accepted, whatever `max_pending` says; returns how many."""
-        now, wall = self._clock(), time.time()
-        restored = [(now - max(0.0, wall - accepted), message) for accepted, message in outbox]
-        with self._lock:
-            self._start_threads()
-            self._pending += len(restored)
-            self._queued += len(restored)
-            self._fifo.extend(restored)
-            self._condition.notify()
-        return len(restored)
-
-    def flush(self) -> None:
-        """Lets everything that is pending now leave without lingering; does not wait for it."""
-        with self._lock:
-            self._flush_until = self._queued
-            self._condition.notify()
-
-    def _reserve(self, count: int) -> tuple[int, Exception | None]:
-        """Takes places among the pending before anything is saved, so that nothing saved is refused.
-
-        Returns how many there were, and why there is none for the rest.
-        """
-        with self._lock:
-            if self._closing:
-                return 0, ClosedError("shutting down")
-            if not self._threads:
-                self._start_threads()
-            room = min(count, max(0, self._config.max_pending - self._pending))
-            self._pending += room
-            return room, OverloadedError("too many messages are pending")
-
-    def _release(self, count: int) -> None:
-        with self._lock:
-            self._pending -= count
-            if self._closing:
-                self._condition.notify_all()
-
-    def _enqueue(self, messages: Sequence[Message], reserved: int) -> None:
-        """Queues messages for which places were reserved, and gives back the places that are left."""
-        with self._lock:
-            before = len(self._fifo)
-            now = self._clock()
-            self._fifo.extend([(now, message) for message in messages])
-            self._queued += len(messages)
-            self._pending -= reserved - len(messages)
-            if self._closing:
-                self._condition.notify_all()
-            # One wake-up starts the linger and one takes a full batch; whoever cuts wakes the next.
-            elif before < self._config.batch_size <= len(self._fifo) or (messages and not before and not self._keeper):
-                self._condition.notify()
-
-    def _start_threads(self) -> None:
-        while len(self._threads) < self._config.senders:
-            name = f"smsproxy-sender-{len(self._threads) + 1}"
-            thread = threading.Thread(target=self._run, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        if self._reporter is not None:
-            self._reporter.start()
-
-    # Cutting batches
-
-    def _run(self) -> None:
-        _work_in_background()
-        while (batch := self._next_batch()) is not None:
-            try:
-                left = self._deliver(batch)
-            except Exception as error:
-                left, messages = 0, [message for _, message in batch]
-                log.error("a batch ended with an error (%s): %s", _reason(error, messages), _ids(messages))
-            with self._lock:
-                del self._in_flight[threading.get_ident()]
-                self._left += left
-            self._release(len(batch) - left)
-
-    def _next_batch(self) -> list[tuple[float, Message]] | None:
-        """Waits for a batch to carry; None when the client is stopped."""
-        with self._lock:
-            while not self._abandoned:
-                wait = self._linger()
-                if wait is not None and wait <= 0:
-                    return self._cut()
-                if wait is None or self._keeper:
-                    self._condition.wait()
-                else:
-                    self._keeper = True
-                    self._condition.wait(min(wait, threading.TIMEOUT_MAX))
-                    self._keeper = False
-            return None
-
-    def _linger(self) -> float | None:
-        """Seconds until a batch may leave, None when only another message or a flush can tell."""
-        if not self._fifo:
-            return None
-        if len(self._fifo) >= self._config.batch_size or self._taken < self._flush_until or self._closing:
-            return 0.0
-        if self._config.max_delay is None:
-            return None
-        return self._fifo[0][0] + self._config.max_delay - self._clock()
-
-    def _cut(self) -> list[tuple[float, Message]]:
-        size = min(len(self._fifo), self._config.max_batch_size or 1)
-        batch = [self._fifo.popleft() for _ in range(size)]
-        self._taken += size
-        self._in_flight[threading.get_ident()] = batch
-        if self._fifo:
-            self._condition.notify()  # another full batch, or a linger to be watched
-        return batch
-
-    # Handing over
-
-    def _deliver(self, batch: list[tuple[float, Message]]) -> int:
-        """Tries until the batch is handed over or given up; returns how many messages a stop left over."""
-        error: BaseException | None = None
-        sent: tuple[Message, ...] = ()
-        self._metrics.observe("smsproxy_batch_messages", len(batch))
-        for attempt in range(1, self._config.max_attempts + 1):
-            batch = self._drop_expired(batch)
-            if not batch:
-                if error is not None:
-                    self._report(ClientResult(sent, error, attempt - 1, self._config.max_attempts))
-                return 0
-            sent = tuple([message for _, message in batch])
-            error = self._request(sent, attempt)
-            if error is None or isinstance(error, RejectedError):
-                break
-            if attempt < self._config.max_attempts:
-                self._back_off(attempt, error)
-            if self._abandoned:
-                return len(sent)
+def _persist(change: Callable[[], Any], over: threading.Event, incident: Incident) -> Any:
+    """Repeats a change until the repository can make it; once `over` is set, its error is raised."""
+    wait = 0.1
+    while True:
         try:
-            if error is None:
-                self._handed_over(sent, attempt)
-            elif isinstance(error, RejectedError):
-                self._give_up(sent, "rejected", _reason(error, sent))
-            elif self._durable and self._hurry.is_set():
-                log.warning("left %d messages in the outbox for the next start: %s", len(sent), _ids(sent))
-                return len(sent)
-            else:
-                self._give_up(sent, "attempts", _reason(error, sent))
-            return 0
-        finally:  # whatever the repository says
-            self._report(ClientResult(sent, error, attempt, self._config.max_attempts))
-
-    def _drop_expired(self, batch: list[tuple[float, Message]]) -> list[tuple[float, Message]]:
-        if self._config.max_age is None:
-            return batch
-        oldest = self._clock() - self._config.max_age
-        expired = [message for accepted, message in batch if accepted < oldest]
-        if expired:
-            self._give_up(expired, "expired", f"older than {self._config.max_age:g} s")
-        return [item for item in batch if item[0] >= oldest]
-
-    def _request(self, messages: tuple[Message, ...], attempt: int) -> BaseException | None:
-        """One paid request; returns what it raised."""
-        started, error, result = self._clock(), None, "ok"
-        with self._lock:
-            self._requests += 1
-        try:
-            self._client.send(list(messages))
-        except BaseException as raised:  # a SystemExit, too, would end nothing but this thread
-            error, result = raised, "rejected" if isinstance(raised, RejectedError) else "error"
-            log.warning("attempt %d of %d failed for %d messages: %s", attempt, self._config.max_attempts,
-                        len(messages), _reason(raised, messages))  # fmt: skip
-        with self._lock:
-            self._requests -= 1
-        self._metrics.add("smsproxy_provider_requests_total", result)
-        self._metrics.observe("smsproxy_provider_request_duration_seconds", self._clock() - started)
-        return error
-
-    def _back_off(self, attempt: int, error: BaseException) -> None:
-        """Full jitter, but never less than the provider asked for; a stop cuts it short."""
-        ceiling = min(self._config.backoff_max, self._config.backoff_base * 2.0 ** min(attempt - 1, 64))
-        wait, asked = self._rng() * ceiling, getattr(error, "retry_after", None)
-        if isinstance(asked, (int, float)) and asked > wait:  # False for a NaN
-            wait = asked
-        self._hurry.wait(min(LONGEST_WAIT, wait))
-
-    def _handed_over(self, messages: tuple[Message, ...], attempt: int) -> None:
-        if self._durable:  # first of all: until it is recorded, a crash would send the batch again
-            ids = [message.message_id for message in messages]
-            _persist(lambda: self._repository.handed_over(ids), self._hurry)  # type: ignore[attr-defined]
-        self._metrics.add("smsproxy_batches_total", "handed_over")
-        self._metrics.add("smsproxy_messages_handed_over_total", "", len(messages))
-        self._metrics.add("smsproxy_requests_saved_total", "", len(messages) - 1)
-        log.info("handed over %d messages at attempt %d: %s", len(messages), attempt, _ids(messages))
-
-    def _give_up(self, messages: Sequence[Message], why: str, reason: str) -> None:
-        log.error("gave up %d messages (%s, %s): %s", len(messages), why, reason, _ids(messages))
-        if why != "expired":
-            self._metrics.add("smsproxy_batches_total", "given_up")
-        self._metrics.add("smsproxy_messages_given_up_total", why, len(messages))
-        self._settle()
-        updates = dict.fromkeys((message.message_id for message in messages), MessageStatus.FAILED)
-        failures = _update_all(self._repository, updates, self._hurry)
-        self._metrics.add("smsproxy_messages_final_total", "FAILED", len(messages) - len(failures))
-        for message_id, error in failures.items():
-            log.warning("message %s is not marked FAILED: %s", message_id, error)
-
-    def _report(self, result: ClientResult) -> None:
-        if self._reporter is not None:
-            try:
-                self._results.put_nowait(result)
-            except queue.Full:
-                log.warning("the statistics sink is too slow: one result is dropped")
-
-    # Watching and ending
-
-    def gauges(self) -> dict[str, float]:
-        """Pending messages, age of the oldest in seconds, requests in flight, messages accepted; soon stale."""
-        with self._lock:
-            oldest = min((batch[0][0] for batch in (*self._in_flight.values(), self._fifo) if batch), default=None)
-            return {
-                "smsproxy_messages_accepted_total": self._queued,
-                "smsproxy_pending_messages": self._pending,
-                "smsproxy_oldest_pending_message_age_seconds": 0.0 if oldest is None else self._clock() - oldest,
-                "smsproxy_provider_requests_in_flight": self._requests,
-            }
-
-    def health(self) -> list[str]:
-        """Why this should be taken out of rotation; empty when all is well."""
-        gauges, reasons = self.gauges(), []
-        if self._closing:
-            reasons.append("shutting down")
-        if gauges["smsproxy_pending_messages"] >= self._config.max_pending:
-            reasons.append("queue full")
-        longest = (self._config.max_delay or 0.0) + 60.0
-        if self._config.max_delay is not None and gauges["smsproxy_oldest_pending_message_age_seconds"] > longest:
-            reasons.append(f"oldest pending message older than {longest:g} s")
-        if not self._closing and not all(thread.is_alive() for thread in self._threads):
-            reasons.append("a sender thread is dead")
-        if self._reporter is not None and self._reporter.dead and not self._closing:
-            reasons.append("the statistics thread is dead")
-        return reasons
-
-    def stop(self, timeout: float | None = None) -> int:
-        """Accepts no more, sends what is pending without waits, and ends the threads.
-
-        Blocks for `timeout` seconds at most (None: as long as it takes), and returns how many messages
-        could not be handed over: still queued, or in a request that did not end. They are logged by ID.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        timeout = None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
-        with self._lock:
-            self._closing = True
-            self._hurry.set()
-            self._condition.notify_all()
-            self._condition.wait_for(lambda: self._abandoned or self._pending == self._left, timeout)
-            self._abandoned = True
-            self._condition.notify_all()
-            left = self._pending
-            lost = [message for batch in (*self._in_flight.values(), self._fifo) for _, message in batch]
-        for start in range(0, len(lost), 100):
-            log.error("stopped before these messages were handed over: %s", _ids(lost[start : start + 100]))
-        for thread in self._threads:
-            thread.join(0.0 if lost else GRACE)
-        if self._reporter is not None:
-            self._reporter.stop(_rest(deadline))
-        return left
+            result = change()
+        except RepositoryUnavailableError as error:
+            incident.failed(error)
+            if over.wait(wait):
+                raise
+            wait = min(REPOSITORY_RETRY, wait * 2)
+        else:
+            incident.ended()
+            return result
 
 
 def _rest(deadline: float | None) -> float:
@@ -799,57 +757,548 @@ def _rest(deadline: float | None) -> float:
     return GRACE if deadline is None else min(max(GRACE, deadline - time.monotonic()), LONGEST_WAIT)
 
 
-def _persist(change: Callable[[], Any], hurry: threading.Event) -> Any:
-    """Repeats a change until the repository can write again; once `hurry` is set, its error is raised."""
-    wait = 0.1
-    while True:
+# Batching
+
+
+class CircuitBreaker:
+    """Stops all requests while FastSMSing is away. Not thread-safe: the owner's lock guards it.
+
+    Closed: any request may start. Open, from the first request that fails for a reason that may pass: one
+    at a time may, the probe, after a backoff that doubles with each probe that fails. It closes when any
+    request succeeds, the probe or one that was under way before, or is rejected: FastSMSing is back.
+    """
+
+    def __init__(self, config: SmsProxyConfig, rng: Callable[[], float]) -> None:
+        self._config, self._rng = config, rng
+        self.opened_at: float | None = None  # None: closed
+        self.requests = 0  # that failed since it opened
+        self.next_try = 0.0
+        self.asked_until = 0.0  # before that FastSMSing wants no request
+        self.longest_backoff = math.inf
+        self._failures = 0  # in a row: the first and the probes
+        self._probe: object = None
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until a request may start, 0 for now; None while only the end of the probe can tell."""
+        if self.opened_at is None:
+            return 0.0
+        return None if self._probe is not None else max(0.0, self.next_try - now)
+
+    def begin(self, request: object) -> None:
+        """A request starts, after `wait` said that it may."""
+        if self.opened_at is not None:
+            self._probe = request
+
+    def failed(self, request: object, retry_after: float, now: float) -> bool:
+        """A request failed for a reason that may pass; returns whether that opened the breaker."""
+        self.asked_until = max(self.asked_until, now + retry_after)
+        opened = self.opened_at is None
+        if opened:
+            self.opened_at, self.requests, self._failures, self._probe = now, 0, 0, None
+        self.requests += 1
+        if opened or request is self._probe:
+            self._failures, self._probe = self._failures + 1, None
+            self.next_try = now + self.backoff(self._failures)
+        self.next_try = max(self.next_try, self.asked_until)  # also for one that started before it opened
+        return opened
+
+    def succeeded(self, now: float) -> tuple[float, int] | None:
+        """FastSMSing answered; returns for how many seconds and failed requests the breaker was open, if it was."""
+        if self.opened_at is None:
+            return None
+        seconds, self.opened_at, self._probe = now - self.opened_at, None, None
+        return seconds, self.requests
+
+    def ended(self, request: object) -> None:
+        """However a request ended: the probe's place is free again."""
+        if request is self._probe:
+            self._probe = None
+
+    def backoff(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row."""
+        return min(self.longest_backoff, self._config.backoff(failures, self._rng()))
+
+    def hasten(self, now: float) -> None:
+        """From now on no wait is longer than `DRAIN_BACKOFF`, except where FastSMSing asks for it."""
+        self.longest_backoff = DRAIN_BACKOFF
+        self.next_try = self.no_later(self.next_try, now)
+
+    def no_later(self, when: float, now: float) -> float:
+        """A time, or the longest backoff from now if that is earlier; never before FastSMSing wants a request."""
+        return min(when, max(now + self.longest_backoff, self.asked_until))
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A batch on its way. A sender that works on it owns it; nobody else changes it meanwhile."""
+
+    batch: Batch
+    attempt: int = 0
+    not_before: float = -math.inf
+    sent: tuple[Message, ...] = ()  # in the last request
+    error: BaseException | None = None  # of the last request
+
+
+class _Scheduler:
+    """Decides what a sender does next. Thread-safe.
+
+    One sender looks for a job at a time, the others sleep behind it. A job is either one of the `retries`
+    or under way, never both. While the breaker is open, the only job that starts is the probe. It is a
+    batch from the outbox if there is one and a sender has no retry to hold, else a retry: so a batch that
+    fails again and again does not stop the others. While it is closed, retries come first: they are older.
+    """
+
+    def __init__(
+        self, repository: Repository, config: SmsProxyConfig, clock: Callable[[], float], rng: Callable[[], float]
+    ) -> None:
+        self._repository, self._config, self._clock, self._rng = repository, config, clock, rng
+        self._incident = Incident(log, "no batch can be claimed", clock=clock)
+        self._lock = threading.Lock()  # guards everything below
+        self._looker = threading.Condition(self._lock)  # the sender that looks waits for a job to start
+        self._sleepers = threading.Condition(self._lock)  # the other idle senders wait to be the one that looks
+        self._quiet = threading.Condition(self._lock)  # a stop waits for the last job
+        self._breaker = CircuitBreaker(config, rng)
+        self._looking = False
+        self._retries: list[_Job] = []
+        self._under_way: set[_Job] = set()
+        self._waiting = 1  # messages that nobody claimed: what the last look found and what was saved since; never too few
+        self._saved = self._saving = 0
+        self._draining = self._closed = self._over = False
+
+    # For those who accept messages
+
+    def begin_save(self) -> bool:
+        """Announces that messages are being saved; False when no more are to be."""
+        with self._lock:
+            self._saving += not self._closed
+            return not self._closed
+
+    def end_save(self, saved: int) -> None:
+        """So many messages were saved. One wake-up starts the linger, and one sends a full batch."""
+        with self._lock:
+            before, size = self._waiting, self._config.batch_size
+            self._saving -= 1
+            self._saved += saved
+            self._waiting += saved
+            if saved and (not before or before < size <= self._waiting):
+                (self._looker if self._looking else self._sleepers).notify()
+            if self._draining:
+                self._quiet.notify_all()
+
+    # For senders
+
+    def next_job(self) -> _Job | None:
+        """Waits for a job; None when there will be no more."""
+        with self._lock:
+            while self._looking and not self._over:
+                self._sleepers.wait()
+            if self._over:
+                return None
+            self._looking = True
         try:
-            return change()
+            while True:
+                job = self._look()
+                if job is not None or self._over:
+                    return job
+        finally:
+            with self._lock:
+                self._looking = False
+                if self._waiting or self._retries or self._repository.poll is not None:
+                    self._sleepers.notify()  # somebody has to look after them
+
+    def _look(self) -> _Job | None:
+        """A job that starts now, or None after waiting until there may be one."""
+        with self._lock:
+            now = self._clock()
+            wait = None if self._draining and self._repository.durable else self._breaker.wait(now)
+            claims = wait == 0 and len(self._retries) < self._config.senders and (
+                self._waiting > 0 or self._repository.poll is not None)  # fmt: skip
+            if wait == 0 and not (claims and self._breaker.opened_at is not None):
+                if (job := self._ready(now)) is not None:
+                    return job
+                wait = self._until_retry(now)
+            if not claims:
+                if not self._over:
+                    self._looker.wait(None if wait is None else min(wait, threading.TIMEOUT_MAX))
+                return None
+            seen = self._saved
+        claim = self._claim()
+        with self._lock:
+            now = self._clock()
+            self._waiting = claim.waiting + self._saved - seen
+            if claim.batch is not None:
+                self._retries.append(_Job(claim.batch))
+            if (job := self._ready(now)) is not None:
+                return job
+            if self._draining:
+                self._quiet.notify_all()
+            news = self._saved != seen and (not claim.waiting or self._waiting >= self._config.batch_size)
+            if not (news or self._over or claim.batch is not None):
+                self._looker.wait(self._earliest(now, claim.wait))
+        return None
+
+    def _claim(self) -> Claim:
+        try:
+            claim = self._repository.claim(self._config.batch_size, 0.0 if self._draining else self._config.max_delay)
         except RepositoryUnavailableError as error:
-            if hurry.is_set():
-                raise
-            log.warning("waiting for the repository: %s", error)
-            hurry.wait(wait)
-            wait = min(10.0, wait * 2)
+            self._incident.failed(error)
+            return Claim(None, 1, REPOSITORY_RETRY)
+        self._incident.ended()
+        return claim
+
+    def _ready(self, now: float) -> _Job | None:
+        """Starts the retry that has been ready for longest, if requests may start."""
+        job = min(self._retries, key=lambda job: job.not_before, default=None)
+        if job is None or job.not_before > now or self._breaker.wait(now) != 0:
+            return None
+        self._retries.remove(job)
+        self._under_way.add(job)
+        self._breaker.begin(job)
+        return job
+
+    def _until_retry(self, now: float) -> float | None:
+        return min((max(0.0, job.not_before - now) for job in self._retries), default=None)
+
+    def _earliest(self, now: float, due: float | None) -> float | None:
+        """Seconds until the oldest message is due, a retry is ready, or it is time to look for others' messages."""
+        poll = self._repository.poll
+        look = None if poll is None else poll * (0.5 + self._rng())  # with jitter, or all instances look together
+        waits = [wait for wait in (due, look, self._until_retry(now)) if wait is not None]
+        return min(*waits, threading.TIMEOUT_MAX) if waits else None
+
+    # How a request ended
+
+    def succeeded(self) -> tuple[float, int] | None:
+        """FastSMSing answered; returns for how many seconds and failed requests the breaker was open, if it was."""
+        with self._lock:
+            closed = self._breaker.succeeded(self._clock())
+            if closed:
+                self._looker.notify()
+            return closed
+
+    def failed(self, job: _Job, retry_after: float) -> bool:
+        """The job's request failed for a reason that may pass; returns whether that opened the breaker."""
+        with self._lock:
+            now = self._clock()
+            opened = self._breaker.failed(job, retry_after, now)
+            job.not_before = max(now + self._breaker.backoff(job.attempt), self._breaker.asked_until)
+            self._looker.notify()
+            return opened
+
+    def ended(self, job: _Job, *again: _Job) -> None:
+        """The job is over; those in `again` wait for a sender, the job itself perhaps among them."""
+        with self._lock:
+            self._under_way.discard(job)
+            self._breaker.ended(job)
+            self._retries.extend(again)
+            self._looker.notify()
+            if self._draining:
+                self._quiet.notify_all()
+
+    # Watching and ending
+
+    def gauges(self) -> dict[str, float]:
+        """Present figures for monitoring, by metric name."""
+        with self._lock:
+            now, opened_at = self._clock(), self._breaker.opened_at
+            return {
+                "smsproxy_provider_requests_in_flight": len(self._under_way),
+                "smsproxy_circuit_breaker_open_seconds": 0.0 if opened_at is None else max(1e-3, now - opened_at),
+                "smsproxy_circuit_breaker_next_try_seconds":
+                    0.0 if opened_at is None else max(0.0, self._breaker.next_try - now),
+            }  # fmt: skip
+
+    def drain(self) -> None:
+        """From now on messages do not linger and backoffs are short; of a durable outbox nothing is claimed any more."""
+        with self._lock:
+            now, self._draining = self._clock(), True
+            self._breaker.hasten(now)
+            for job in self._retries:
+                job.not_before = self._breaker.no_later(job.not_before, now)
+            self._looker.notify()
+
+    def close(self, timeout: float | None) -> tuple[list[_Job], list[_Job]]:
+        """Refuses messages, waits for what is to be done, ends the senders; returns the retries and the jobs under way."""
+        with self._lock:
+            self._closed = True
+            self._quiet.wait_for(self._is_quiet, timeout)
+            self._over = True
+            for condition in (self._looker, self._sleepers):
+                condition.notify_all()
+            return list(self._retries), list(self._under_way)
+
+    def _is_quiet(self) -> bool:
+        rest = not self._repository.durable and (self._waiting or self._retries)
+        return not (self._under_way or self._saving or rest)
 
 
-def _save_all(repository: Repository, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
-    """Saves the messages, together where the repository can; returns why some could not be."""
-    if hasattr(repository, "save_all"):
+class _Sender:
+    """Makes one request for a job and sees to what follows. All sender threads share it."""
+
+    def __init__(
+        self, repository: Repository, client: FastSmsingClient, config: SmsProxyConfig, scheduler: _Scheduler,
+        metrics: Metrics, give_up: Callable[[dict[str, Any]], object], report: Callable[[_Job], None],
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._repository, self._client, self._config, self._scheduler = repository, client, config, scheduler
+        self._metrics, self._give_up_all, self._report, self._clock = metrics, give_up, report, clock
+        self._incident = Incident(log, "a hand-over cannot be recorded", clock=clock)
+        self.over = threading.Event()  # set at the end: nothing is waited for any more
+
+    def run(self) -> None:
+        """Carries out one job after the other, until there will be no more."""
+        _work_in_background()
+        while not self.over.is_set():
+            job = None
+            try:
+                job = self._scheduler.next_job()
+                if job is None:
+                    return
+                self._scheduler.ended(job, *self._carry(job))
+            except Exception as error:
+                ids = " ".join(job.batch.ids) if job else "none"
+                log.error("a sender goes on after a %s; messages: %s", _location(error), ids)
+                if job is None:  # not at once: the cause may still be there
+                    self.over.wait(REPOSITORY_RETRY)
+                else:
+                    self._scheduler.ended(job)
+
+    def _carry(self, job: _Job) -> Sequence[_Job]:
+        """Makes one request for the job, if it is still to be made; returns the jobs that are left of it."""
+        self._drop_expired(job)
+        if not job.batch.entries or not self._repository.holds(job.batch):
+            if job.batch.entries:
+                log.warning("a lease is lost, so others send: %s", " ".join(job.batch.ids))
+            if job.error is not None:
+                self._report(job)
+            return ()
+        started = self._clock()
+        refused = self._request(job, started)
+        if job.error is None or isinstance(job.error, RejectedError):
+            if closed := self._scheduler.succeeded():
+                log.warning("circuit breaker closed after %.1f s and %d failed requests", *closed)
+            return self._rejected(job, job.error) if job.error else self._handed_over(job, refused, started)
+        return self._failed(job, job.error)
+
+    def _drop_expired(self, job: _Job) -> None:
+        while self._config.max_age is not None:
+            oldest = self._clock() - self._config.max_age
+            expired = job.batch.only(lambda entry: entry.accepted_at < oldest)
+            if not expired.entries:
+                return
+            job.batch = job.batch.only(lambda entry: entry.accepted_at >= oldest)
+            self._give_up(expired.ids, Reason.EXPIRED, f"older than {self._config.max_age:g} s")  # may take long
+
+    def _request(self, job: _Job, started: float) -> set[str]:
+        """One paid request; sets the job's `error`, and returns the IDs that FastSMSing refused by name."""
+        job.attempt, job.error = job.attempt + 1, None
+        job.sent = tuple([entry.message for entry in job.batch.entries])
+        refused: set[str] = set()
         try:
-            return list(repository.save_all(messages))
+            answer = self._client.send(list(job.sent))
+            if isinstance(answer, Mapping):
+                refused = set(answer).intersection(job.batch.ids)
+        except BaseException as error:  # a SystemExit, too, would end nothing but this thread
+            job.error = error
+        result = "ok" if job.error is None else "rejected" if isinstance(job.error, RejectedError) else "error"
+        self._metrics.add("smsproxy_provider_requests_total", result)
+        self._metrics.observe("smsproxy_batch_messages", [len(job.sent)])
+        self._metrics.observe("smsproxy_provider_request_duration_seconds", [self._clock() - started], result)
+        return refused
+
+    def _handed_over(self, job: _Job, refused: set[str], started: float) -> Sequence[_Job]:
+        taken = job.batch
+        if refused:
+            taken = job.batch.only(lambda entry: entry.message.message_id not in refused)
+            ids = [message_id for message_id in job.batch.ids if message_id in refused]
+            self._give_up(ids, Reason.REJECTED, "refused by name")
+        self._metrics.add("smsproxy_batches_total", "handed_over")
+        self._metrics.add("smsproxy_messages_handed_over_total", "", len(taken))
+        waits = [started - entry.accepted_at for entry in taken.entries]
+        self._metrics.observe("smsproxy_handover_wait_seconds", waits)
+        self._report(job)
+        # Until it is recorded, a crash would send the batch again.
+        _persist(lambda: self._repository.handed_over(taken), self.over, self._incident)
+        log.info("handed over %d messages at attempt %d: %s", len(taken), job.attempt, " ".join(taken.ids))
+        return ()
+
+    def _rejected(self, job: _Job, error: RejectedError) -> Sequence[_Job]:
+        """Halves the batch; whoever is to blame ends up alone, after about 2 * log2(n) requests."""
+        self._report(job)
+        entries, half = job.batch.entries, len(job.batch) // 2
+        if not half:
+            self._metrics.add("smsproxy_batches_total", "given_up")
+            self._give_up(job.batch.ids, Reason.REJECTED, describe(error))
+            return ()
+        log.warning("%d messages are rejected (%s), so their halves are sent", len(entries), describe(error))
+        self._metrics.add("smsproxy_batches_total", "split")
+        return [_Job(replace(job.batch, entries=part)) for part in (entries[:half], entries[half:])]
+
+    def _failed(self, job: _Job, error: BaseException) -> Sequence[_Job]:
+        asked = getattr(error, "retry_after", 0.0)
+        retry_after = min(LONGEST_WAIT, asked) if isinstance(asked, (int, float)) and asked > 0 else 0.0
+        opened = self._scheduler.failed(job, retry_after)
+        log.log(logging.WARNING if opened else logging.DEBUG, "%s at attempt %d of %s with %d messages%s",
+                describe(error), job.attempt, self._config.max_attempts, len(job.batch),
+                "; circuit breaker open" if opened else "")  # fmt: skip
+        if self._config.max_attempts is None or job.attempt < self._config.max_attempts:
+            return [job]
+        self._metrics.add("smsproxy_batches_total", "given_up")
+        self._give_up(job.batch.ids, Reason.ATTEMPTS, describe(error))
+        self._report(job)
+        return ()
+
+    def _give_up(self, ids: Sequence[str], reason: Reason, why: str) -> None:
+        log.error("gave up %d messages (%s: %s): %s", len(ids), reason.value, why, " ".join(ids))
+        self._metrics.add("smsproxy_messages_given_up_total", reason.value, len(ids))
+        self._give_up_all(dict.fromkeys(ids, reason))
+
+
+class SimpleBatchingClient:
+    """Gathers messages and hands them over in batches, from threads of its own. Thread-safe.
+
+    `statistics` gets one `ClientResult` per batch that was sent as one, from a thread of its own, and only
+    ever delays itself. `give_up` gets the messages given up with their reasons, and records them; it may
+    block. `clock` (seconds; the repository's, too) and `rng` (uniform in 0..1) are there for tests. Without
+    `autostart` the threads start with `start`.
+    """
+
+    def __init__(
+        self, repository: Repository, client: FastSmsingClient, config: SmsProxyConfig = SmsProxyConfig(),
+        statistics: Any = None, *, metrics: Metrics | None = None,
+        give_up: Callable[[dict[str, Any]], object] | None = None, clock: Callable[[], float] = time.monotonic,
+        rng: Callable[[], float] = random.random, autostart: bool = True,
+    ) -> None:  # fmt: skip
+        self._repository, self._config, self._statistics = repository, config, statistics
+        self._metrics = metrics or Metrics()
+        self._scheduler = _Scheduler(repository, config, clock, rng)
+        self._sender = _Sender(repository, client, config, self._scheduler, self._metrics,
+                               give_up or repository.update_all, self._report, clock)  # fmt: skip
+        self._results: queue.Queue[ClientResult | None] = queue.Queue(RESULTS_WAITING)
+        self._threads: list[threading.Thread] = []
+        self._given_up_before: float | None = None  # the drain
+        if autostart:
+            self.start()
+
+    def start(self) -> None:
+        """Starts the threads, all or none: raises RuntimeError when the system has none left. Call it once."""
+        roles = {f"sender-{number}": self._sender.run for number in range(1, self._config.senders + 1)}
+        if self._statistics is not None:
+            roles["statistics-1"] = self._report_all
+        try:
+            for role, target in roles.items():
+                thread = threading.Thread(target=target, name=f"smsproxy-{role}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError:
+            self.stop(0)
+            raise
+
+    # Accepting
+
+    def send(self, message: SendMessage, message_id: str) -> None:
+        """Saves the message as `ACCEPTED`, to be sent; blocks for the repository only.
+
+        Raises `OverloadedError`, `ClosedError` or what the repository's `save` raises; then nothing is sent.
+        """
+        for error in self.accept_all([Entry(message.to_message(message_id))]):
+            if error is not None:
+                raise error
+
+    def accept_all(self, entries: Sequence[Entry]) -> list[Exception | None]:
+        """`send` for entries, as one group; returns what it would raise for each of them, in order."""
+        if not self._scheduler.begin_save():
+            return [ClosedError("shutting down")] * len(entries)
+        errors: list[Exception | None] = []
+        try:
+            errors = self._repository.save_all(entries, self._config.max_pending)
         except Exception as error:  # whatever it is, each of them gets to know
-            return [error] * len(messages)
-    errors: list[Exception | None] = []
-    for message, fingerprint in messages:
-        try:
-            if fingerprint is None:
-                repository.save(message.message_id, message)
-            else:
-                repository.save(message.message_id, message, fingerprint)
-            errors.append(None)
-        except Exception as error:  # one that fails does not cost the others
-            errors.append(error)
-    return errors
+            errors = [error] * len(entries)
+        finally:
+            saved = errors.count(None)
+            self._metrics.add("smsproxy_messages_accepted_total", "", saved)
+            self._scheduler.end_save(saved)
+        return errors
 
+    # Statistics
 
-def _update_all(
-    repository: Repository, updates: Mapping[str, MessageStatus], hurry: threading.Event
-) -> dict[str, Exception]:
-    """Applies the updates, together where the repository can; returns why some could not be."""
-    failures: dict[str, Exception] = {}
-    if hasattr(repository, "update_all"):
-        try:
-            failures.update(_persist(lambda: repository.update_all(updates), hurry))
-        except Exception as error:  # whatever it is, each of them gets to know
-            failures.update(dict.fromkeys(updates, error))
-        return failures
-    for message_id, status in updates.items():
-        try:
-            repository.update(message_id, status)
-        except Exception as error:  # one update that fails does not cost the others
-            failures[message_id] = error
-    return failures
+    def _report(self, job: _Job) -> None:
+        if self._statistics is not None:
+            try:
+                self._results.put_nowait(ClientResult(job.sent, job.error, job.attempt, self._config.max_attempts))
+            except queue.Full:
+                log.warning("the statistics sink is too slow: one result is dropped")
+
+    def _report_all(self) -> None:
+        _work_in_background()
+        while (result := self._results.get()) is not None:
+            try:
+                self._statistics.send(result)
+            except Exception as error:
+                log.error("the statistics thread goes on after a %s", _location(error))
+
+    # Watching and ending
+
+    def gauges(self) -> dict[str, float]:
+        """Present figures for monitoring, by metric name; soon stale. May block for the repository."""
+        handed_over = self._metrics.total("smsproxy_messages_handed_over_total")
+        return {
+            **self._scheduler.gauges(),
+            "smsproxy_requests_saved": handed_over - self._metrics.total("smsproxy_provider_requests_total"),
+            "smsproxy_database_bytes": self._repository.size(),
+            "smsproxy_pending_messages": self._repository.backlog(),
+            "smsproxy_pending_messages_limit": self._config.max_pending,
+            "smsproxy_oldest_pending_message_age_seconds": self._repository.oldest() or 0.0,
+        }
+
+    def health(self) -> tuple[list[str], list[str]]:
+        """Why this instance should get no traffic, and what else an operator should know. May block for the repository."""
+        gauges, warnings = self.gauges(), []
+        reasons = ["queue full"] if gauges["smsproxy_pending_messages"] >= self._config.max_pending else []
+        if self._given_up_before is None:
+            reasons += [f"{thread.name} is dead" for thread in self._threads if not thread.is_alive()]
+        if seconds := gauges["smsproxy_circuit_breaker_open_seconds"]:
+            next_try = gauges["smsproxy_circuit_breaker_next_try_seconds"]
+            warnings.append(f"FastSMSing has been failing for {seconds:.0f} s; next try in {next_try:.0f} s")
+        age = gauges["smsproxy_oldest_pending_message_age_seconds"]
+        if self._config.max_delay is not None and age > self._config.max_delay + 60.0:
+            warnings.append(f"the oldest pending message has waited for {age:.0f} s")
+        return reasons, warnings
+
+    def drain(self) -> None:
+        """Prepares the end: nothing lingers any more, and what failed is tried again soon; in a durable outbox the
+        messages that no request carries stay. Messages are still accepted. Returns at once; a second call does nothing."""
+        if self._given_up_before is None:
+            self._given_up_before = self._metrics.total("smsproxy_messages_given_up_total")
+            self._scheduler.drain()
+
+    def stop(self, timeout: float | None = None) -> int:
+        """Accepts no more, sends what is pending, and ends the threads.
+
+        Blocks for `timeout` seconds and a little more at most (None: as long as it takes). Returns how many
+        messages were not handed over, those given up since the drain began included; of a durable outbox,
+        those in requests that did not end or could not be recorded. They are logged by ID.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.drain()
+        if not self._threads:  # it never started, so nobody sends
+            timeout = 0.0
+        retries, under_way = self._scheduler.close(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+        self._sender.over.set()
+        left = [message_id for job in under_way for message_id in job.batch.ids]
+        for job in retries:
+            with contextlib.suppress(RepositoryUnavailableError):  # it stays claimed, which ends with this process
+                self._repository.release(job.batch)
+        while not self._repository.durable and (batch := self._repository.claim(sys.maxsize, 0.0).batch):
+            left += batch.ids
+        for start in range(0, len(left), 100):
+            log.error("stopped before these messages were handed over: %s", " ".join(left[start : start + 100]))
+        with contextlib.suppress(queue.Full):  # the sink hangs
+            self._results.put(None, timeout=0.0 if left else _rest(deadline))
+        for thread in self._threads:
+            thread.join(0.0 if left else _rest(deadline))
+        given_up = self._metrics.total("smsproxy_messages_given_up_total") - (self._given_up_before or 0)
+        return len(left) + (0 if self._repository.durable else int(given_up))
 
 
 # Delivery reports
@@ -865,10 +1314,11 @@ class StatusUpdateError:
 
 
 class StatusUpdater:
-    """Applies delivery reports from a thread of its own, until it takes a `None` from `updates`.
+    """Applies delivery reports, and forgets what is due, from a thread of its own.
 
-    `updates` is bounded, so a provider that is faster than the repository waits. `errors` gets what
-    could not be applied; it is bounded, too: when full the oldest goes, and `errors_dropped` counts it.
+    `updates` takes mappings of message ID to status, or to the `Reason` of a message given up; it is bounded,
+    so whoever is faster than the repository waits. `errors` gets what could not be applied; it is bounded,
+    too: when full the oldest goes, and `errors_dropped` counts it.
     """
 
     RESULTS: Mapping[type[Exception], str] = {
@@ -877,66 +1327,138 @@ class StatusUpdater:
         StatusTransitionError: "refused",
     }
 
-    def __init__(self, repository: Repository, *, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, repository: Repository, *, metrics: Metrics | None = None, wall_clock: Callable[[], float] = time.time
+    ) -> None:
         self.updates: queue.Queue[Mapping[str, object] | None] = queue.Queue(UPDATES_WAITING)
-        self.errors: queue.Queue[StatusUpdateError | None] = queue.Queue(ERRORS_WAITING)
+        self.errors: queue.Queue[StatusUpdateError] = queue.Queue(ERRORS_WAITING)
         self.errors_dropped = 0
-        self._repository = repository
+        self._repository, self._wall_clock = repository, wall_clock
         self._metrics = metrics or Metrics()
-        self._hurry = threading.Event()
-        self._worker = _Worker("updater", self.updates, self._apply)
+        self._incident = Incident(log, "status updates cannot be stored")
+        self._forgetting = Incident(log, "messages that are due cannot be forgotten")
+        self._stopping = self._ended = False
+        self._over = threading.Event()  # set when a stop has waited long enough
+        self._thread = threading.Thread(target=self._run, name="smsproxy-updater-1", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread; a second call does nothing."""
-        self._worker.start()
+        """Starts the thread; a second call does nothing. Raises RuntimeError when the system has none left."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def stop(self, timeout: float | None = None) -> bool:
         """Applies what is in `updates` and ends the thread; False if that took more than `timeout` seconds."""
-        self._hurry.set()
-        return self._worker.stop(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._stopping = True
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Full):  # it hangs, which the join will tell
+                self.updates.put(None, timeout=timeout)
+            self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            self._over.set()
+            self._thread.join(GRACE)
+        return not self._thread.is_alive()
 
     @property
     def dead(self) -> bool:
         """Whether the thread was started and runs no more."""
-        return self._worker.dead
+        return self._thread.ident is not None and not self._thread.is_alive()
 
-    def settle(self) -> None:
-        """Blocks until what is in `updates` now is applied, for a second at most."""
-        marker = threading.Event()
-        with contextlib.suppress(queue.Full):  # it hangs: then nothing is to be waited for
-            self.updates.put_nowait(marker)  # type: ignore[arg-type]
-            marker.wait(GRACE if self._worker.alive else 0.0)
-
-    def _apply(self, reports: Mapping[str, object] | threading.Event) -> None:
-        if isinstance(reports, threading.Event):
-            reports.set()
-            return
-        updates: dict[str, MessageStatus] = {}
-        for message_id, status in reports.items():
+    def _run(self) -> None:
+        _work_in_background()
+        wait: float | None = 0.0
+        while not self._ended:
+            reports: list[Mapping[str, object] | None] = []
             try:
-                updates[message_id] = map_to_internal_status(status)
-            except UnknownStatusError as error:
-                self._fail(message_id, status, error)
-        failures = _update_all(self._repository, updates, self._hurry)
-        for message_id, failure in failures.items():
-            self._fail(message_id, updates.pop(message_id), failure)
-        applied = list(updates.values())
-        for status in set(applied):
-            count = applied.count(status)
-            self._metrics.add("smsproxy_status_updates_total", "applied", count)
-            if status in FINAL_STATUSES:
-                self._metrics.add("smsproxy_messages_final_total", status.value, count)
+                reports = self._next(wait)
+                self._apply([each for each in reports if each is not None])
+                self._ended = self._stopping and None in reports
+                wait = None if self._ended else self._forget()
+            except Exception as error:
+                log.error("the status updater goes on after a %s", _location(error))
+            finally:
+                for _ in reports:
+                    self.updates.task_done()
 
-    def _fail(self, message_id: str, status: object, error: Exception) -> None:
-        self._metrics.add("smsproxy_status_updates_total", self.RESULTS.get(type(error), "error"))
-        while True:
-            try:
-                self.errors.put_nowait(StatusUpdateError(error, message_id, status))
-                return
-            except queue.Full:
+    def _next(self, wait: float | None) -> list[Mapping[str, object] | None]:
+        """What waits in `updates`, up to `UPDATES_AT_ONCE`; nothing if nothing comes in time."""
+        reports: list[Mapping[str, object] | None] = []
+        with contextlib.suppress(queue.Empty):
+            reports.append(self.updates.get(timeout=None if wait is None else min(wait, threading.TIMEOUT_MAX)))
+            while len(reports) < UPDATES_AT_ONCE:
+                reports.append(self.updates.get_nowait())
+        return reports
+
+    def _apply(self, reports: Iterable[Mapping[str, object]]) -> None:
+        """Applies the reports in their order. Of a message's statuses that may follow each other the last is enough."""
+        pending: dict[str, MessageStatus | Reason] = {}
+        overtaken = 0
+        failures: list[StatusUpdateError] = []
+        for report in reports:
+            for message_id, status in report.items():
+                try:
+                    update = status if isinstance(status, Reason) else map_to_internal_status(status)
+                except UnknownStatusError as error:
+                    failures.append(StatusUpdateError(error, message_id, status))
+                    continue
+                if message_id in pending:
+                    before = pending[message_id]
+                    if status_of(update) in TRANSITIONS[status_of(before)]:
+                        overtaken += 1
+                    else:
+                        failures += self._store(pending)
+                        pending = {}
+                pending[message_id] = update
+        failures += self._store(pending)
+        self._metrics.add("smsproxy_status_updates_total", "applied", overtaken)
+        self._fail(failures)
+
+    def _store(self, updates: Mapping[str, MessageStatus | Reason]) -> list[StatusUpdateError]:
+        if not updates:
+            return []
+        try:
+            errors = _persist(lambda: self._repository.update_all(updates), self._over, self._incident)
+        except Exception as error:  # whatever it is, it is told of each of them
+            errors = dict.fromkeys(updates, error)
+        applied = {message_id: update for message_id, update in updates.items() if message_id not in errors}
+        counts = Counter(applied.values())
+        for update, count in counts.items():
+            if status_of(update) in FINAL_STATUSES:
+                self._metrics.add("smsproxy_messages_final_total", status_of(update).value, count)
+            if isinstance(update, MessageStatus):
+                self._metrics.add("smsproxy_status_updates_total", "applied", count)
+        now = self._wall_clock()
+        times = [time_of(each) for each, update in applied.items() if update is not MessageStatus.CONFIRMED]
+        self._metrics.observe("smsproxy_final_status_seconds", [max(0.0, now - each) for each in times if each is not None])
+        if counts[MessageStatus.FAILED]:
+            failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
+            log.info("FastSMSing reports %d messages as FAILED: %s", len(failed), " ".join(failed))
+        return [StatusUpdateError(error, message_id, updates[message_id]) for message_id, error in errors.items()]
+
+    def _fail(self, failures: Sequence[StatusUpdateError]) -> None:
+        """Counts the failures, logs those of a kind in one line, and keeps them for whoever reads `errors`."""
+        kinds: dict[type[Exception], list[StatusUpdateError]] = {}
+        for failure in failures:
+            kinds.setdefault(type(failure.error), []).append(failure)
+            if self.errors.full():
                 with contextlib.suppress(queue.Empty):  # whoever reads `errors` was faster
                     self.errors.get_nowait()
                     self.errors_dropped += 1
+            self.errors.put_nowait(failure)  # nobody else puts
+        for kind, alike in kinds.items():
+            self._metrics.add("smsproxy_status_updates_total", self.RESULTS.get(kind, "error"), len(alike))
+            level = logging.DEBUG if kind is StatusTransitionError else logging.WARNING  # repeated or overtaken: no harm
+            log.log(level, "%d status updates were not applied (%s), the first of message %.80r",
+                    len(alike), describe(alike[0].error), alike[0].message_id)  # fmt: skip
+
+    def _forget(self) -> float | None:
+        """Forgets a few messages; returns the seconds until it is to be called again."""
+        try:
+            wait = self._repository.forget()
+        except RepositoryUnavailableError as error:
+            self._forgetting.failed(error)
+            return Incident.PAUSE
+        self._forgetting.ended()
+        return wait
 
 
 # The facade
@@ -945,32 +1467,27 @@ class StatusUpdater:
 class SmsProxy:
     """Accepts messages, sees to their delivery, and answers for their status. Thread-safe.
 
-    Use it as a context manager, or call `start` and `stop`. The repository stays the caller's to close.
+    Use it as a context manager, or call `start` and `stop`. Messages may be accepted before the start and are
+    sent after it. The repository stays the caller's to close.
     """
 
     def __init__(
-        self,
-        client: FastSmsingClient,
-        config: SmsProxyConfig = SmsProxyConfig(),
-        *,
-        repository: Repository | None = None,
-        statistics: Any = None,
-        generate_id: Callable[[], str] | None = None,
-    ) -> None:
+        self, client: FastSmsingClient, config: SmsProxyConfig = SmsProxyConfig(), *,
+        repository: Repository | None = None, statistics: Any = None, generate_id: Callable[[], str] | None = None,
+    ) -> None:  # fmt: skip
         self.statistics = ClientStatistics() if statistics is None else statistics
         self.metrics = Metrics()
         self._client = client
         self._repository = InMemoryRepository() if repository is None else repository
-        self._generate_id = generate_id
+        self._generate_id = generate_id or new_id
         self._updater = StatusUpdater(self._repository, metrics=self.metrics)
         self._batching = SimpleBatchingClient(
-            self._repository, client, config, self.statistics, metrics=self.metrics, settle=self._updater.settle
-        )
-        self._error_log = _Worker("errors", self._updater.errors, self._log_error)
-        self._starting = threading.Lock()  # held for the whole start: two would send the outbox twice
+            self._repository, client, config, self.statistics,
+            metrics=self.metrics, give_up=self._updater.updates.put, autostart=False,
+        )  # fmt: skip
+        self._lock = threading.Lock()  # held for a whole start: a second one waits for the first
         self._started = False
-        self.slow = bool(getattr(self._repository, "slow", False))  # its methods may block for long
-        self.durable = hasattr(self._repository, "outbox")
+        self.blocking = self._repository.blocking  # whether the methods may block for long
         client.subscribe(self._updater.updates)
 
     def __enter__(self) -> SmsProxy:
@@ -981,16 +1498,35 @@ class SmsProxy:
         self.stop()
 
     def start(self) -> None:
-        """Starts to follow delivery reports, and queues again what an earlier process left in the outbox."""
-        with self._starting:
-            if self._started:
-                return
-            self._error_log.start()
-            self._updater.start()
-            if self.durable:
-                restored = self._batching.restore(self._repository.outbox())  # type: ignore[attr-defined]
-                log.info("queued %d messages again that were accepted before and not handed over", restored)
-            self._started = True
+        """Starts to follow delivery reports and to send what is in the outbox; a second call does nothing.
+
+        Raises RuntimeError when the system has no thread left; then nothing runs.
+        """
+        with self._lock:
+            if not self._started:
+                self._updater.start()
+                self._batching.start()
+                self._started = True
+
+    def entry(self, message: SendMessage, idempotency_key: str | None = None) -> Entry:
+        """The message with its ID, ready for `accept_all`; raises `ValidationError`. Never blocks.
+
+        A key stands for its ID by a hash, so it is remembered wherever and as long as the message is.
+        """
+        message.validate()
+        if idempotency_key is None:
+            return Entry(message.to_message(self._generate_id()))
+        content = "\0".join((idempotency_key, message.phone_number, message.message))
+        fingerprint = hashlib.sha256(content.encode()).digest()[:16]
+        return Entry(message.to_message(id_of_key(idempotency_key)), fingerprint)
+
+    def accept_all(self, entries: Sequence[Entry]) -> list[Exception | None]:
+        """Accepts each entry or refuses it by itself; returns None or what `send` would raise for it, in order.
+
+        Blocks for the repository only.
+        """
+        errors = self._batching.accept_all(entries)
+        return [error and _refusal(error, entry) for entry, error in zip(entries, errors)] if any(errors) else errors
 
     def send(self, message: SendMessage, idempotency_key: str | None = None) -> SendingResult:
         """Accepts a message; blocks for the repository only.
@@ -999,62 +1535,46 @@ class SmsProxy:
         Raises `ValidationError`, `IdempotencyError`, `OverloadedError`, `ClosedError`, or what the
         repository raises; then the message is not accepted.
         """
-        result = self.send_all([(message.phone_number, message.message, idempotency_key)])[0]
-        if isinstance(result, Exception):
-            raise result
-        return SendingResult(result)
-
-    def send_all(self, messages: Sequence[tuple[Any, Any, str | None]]) -> list[str | Exception]:
-        """`send` for messages as (phone number, message, idempotency key), at little more than the price of one.
-
-        Each is accepted or refused by itself: returns its ID, or the exception that `send` would raise for it.
-        """
-        if self._generate_id is None:
-            ids = _uuid4s(os.urandom(16 * len(messages)).hex().encode())
-        else:
-            ids = iter(self._generate_id, object())
-        results: list[str | Exception] = []
-        items: list[tuple[Message, bytes | None]] = []  # of those that are valid
-        for phone_number, message, key in messages:
-            try:
-                items.append(self._identify(phone_number, message, key, ids))
-                results.append(items[-1][0].message_id)
-            except Exception as error:  # it is that message's alone
-                results.append(error)
-        errors = self._batching.send_all(items)
-        if any(errors):
-            places = [place for place, result in enumerate(results) if not isinstance(result, Exception)]
-            for place, (_, fingerprint), refusal in zip(places, items, errors):
-                if refusal is not None:
-                    results[place] = _refusal(refusal, fingerprint) or results[place]
-        return results
+        entry = self.entry(message, idempotency_key)
+        for error in self.accept_all([entry]):
+            if error is not None:
+                raise error
+        return SendingResult(entry.message.message_id)
 
     def get_status(self, message_id: str) -> MessageStatus:
         """The status, `NOT_FOUND` for an ID that was never accepted here or is forgotten."""
         return self._repository.get(message_id)
 
+    def get_reason(self, message_id: str) -> Reason | None:
+        """Why the proxy itself gave the message up; None for every other message."""
+        return self._repository.reason(message_id)
+
     def gauges(self) -> dict[str, float]:
-        """Present figures for monitoring, by metric name; soon stale."""
+        """Present figures for monitoring, by metric name; soon stale. May block for the repository."""
         return self._batching.gauges()
 
-    def health(self) -> list[str]:
-        """Why the service should be taken out of rotation; empty when all is well. May block for the repository."""
-        reasons = self._batching.health()
-        if self._updater.dead and "shutting down" not in reasons:
+    def health(self) -> tuple[list[str], list[str]]:
+        """Why this instance should get no traffic, and what else an operator should know. May block for the repository."""
+        reasons: list[str] = []
+        warnings: list[str] = []
+        try:
+            self._repository.check()
+            reasons, warnings = self._batching.health()
+        except RepositoryUnavailableError as error:
+            reasons.append(str(error))
+        if self._updater.dead:
             reasons.append("the status updater is dead")
-        check = getattr(self._repository, "check", None)
-        if check is not None:
-            try:
-                check()
-            except SmsProxyError as error:
-                reasons.append(str(error))
-        return reasons
+        return reasons, warnings
+
+    def drain(self) -> None:
+        """Prepares a `stop`, see `SimpleBatchingClient.drain`. Returns at once."""
+        self._batching.drain()
 
     def stop(self, timeout: float | None = None) -> int:
-        """Drains: sends what is pending, then applies the delivery reports already received.
+        """Drains, then applies the delivery reports already received, and ends the client.
 
         Blocks for `timeout` seconds and a little more at most; returns how many messages could not be
-        handed over.
+        handed over, see `SimpleBatchingClient.stop`.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         left = self._batching.stop(timeout)
@@ -1062,68 +1582,53 @@ class SmsProxy:
         closing = threading.Thread(target=self._stop_client, name="smsproxy-closer-1", daemon=True)
         closing.start()
         closing.join(_rest(deadline))
-        self._updater.stop(_rest(deadline))
-        self._error_log.stop(_rest(deadline))
+        if not self._updater.stop(None if deadline is None else _rest(deadline)):
+            log.error("stopped before all delivery reports were applied")
         return left
 
     def _stop_client(self) -> None:
         try:
             self._client.stop()
         except Exception as error:  # it is the end all the same
-            log.error("the client did not stop well: %s", _reason(error, ()))
-
-    def _identify(
-        self, phone_number: Any, message: Any, key: str | None, ids: Iterator[str]
-    ) -> tuple[Message, bytes | None]:
-        """The message with its ID, and the fingerprint that tells a repeat from another message under the same key.
-
-        A key stands for its ID by a hash, so it is remembered wherever and as long as the message is.
-        """
-        validate(phone_number, message)
-        if self.durable and not self._started:  # what is saved now would be restored, too
-            raise ClosedError("not started yet")
-        if key is None:
-            return Message(phone_number, message, next(ids)), None
-        message_id = next(_uuid4s(hashlib.sha256(key.encode()).hexdigest()[:32].encode()))
-        content = "\0".join((key, phone_number, message))
-        fingerprint = hashlib.sha256(content.encode()).digest()[:16]
-        return Message(phone_number, message, message_id), fingerprint
-
-    @staticmethod
-    def _log_error(failed: StatusUpdateError) -> None:
-        log.warning("a status update of message %r was not applied: %s", failed.message_id, failed.error)
+            log.error("the client did not stop well: %s", describe(error))
 
 
-def _refusal(error: Exception, fingerprint: bytes | None) -> Exception | None:
+def _refusal(error: Exception, entry: Entry) -> Exception | None:
     """Why a message that could not be saved is refused; None if it came before under the same key."""
-    if fingerprint is None or not isinstance(error, DuplicateMessageError):
+    if entry.fingerprint is None or not isinstance(error, DuplicateMessageError):
         return error
-    if error.fingerprint == fingerprint:
+    if error.fingerprint == entry.fingerprint:
         return None
     return IdempotencyError("the idempotency key was used for another message")
 
 
-_UUID_PARTS = struct.Struct("8s4sx3ss3s12s")  # the skipped digit becomes the version
-_VARIANTS = {bytes([digit]): bytes([variant]) for digit, variant in zip(b"0123456789abcdef", 4 * b"89ab")}
+# IDs
 
 
-def _uuid4s(digits: bytes) -> Iterator[str]:
-    """Version 4 UUIDs (RFC 9562, 5.4) of 32 random hexadecimal digits each, as `uuid.UUID` would make them.
-
-    That one, and a call of the system for each, take a sixth of the time of a POST.
-    """
-    for low, mid, high, variant, sequence, node in _UUID_PARTS.iter_unpack(digits):
-        yield (b"%b-%b-4%b-%b%b-%b" % (low, mid, high, _VARIANTS[variant], sequence, node)).decode()
+_VARIANTS = dict(zip("0123456789abcdef", 4 * "89ab"))  # RFC 9562, 4.1: the variant's bits are 10
 
 
-def validate(number: Any, text: Any) -> None:
-    """Raises `ValidationError` unless these are a phone number and a text that can be sent."""
-    if not (isinstance(number, str) and isinstance(text, str) and number and text):
-        name, value = ("phone_number", number) if not (number and isinstance(number, str)) else ("message", text)
-        raise ValidationError(name, "must not be empty" if isinstance(value, str) else "must be a string")
-    if not (number.isascii() and number.isdigit()):
-        raise ValidationError("phone_number", "must consist of the digits 0 to 9 only")
+def new_id() -> str:
+    """A UUID of version 7 (RFC 9562, 5.7): milliseconds since 1970, then 74 random bits."""
+    time_digits, digits = f"{time.time_ns() // 1_000_000:012x}", os.urandom(10).hex()
+    return f"{time_digits[:8]}-{time_digits[8:]}-7{digits[:3]}-{_VARIANTS[digits[3]]}{digits[4:7]}-{digits[7:19]}"
+
+
+def id_of_key(key: str) -> str:
+    """The UUID of version 8 (RFC 9562, 5.8) that stands for an idempotency key."""
+    digits = hashlib.sha256(key.encode()).hexdigest()
+    return f"{digits[:8]}-{digits[8:12]}-8{digits[13:16]}-{_VARIANTS[digits[16]]}{digits[17:20]}-{digits[20:32]}"
+
+
+def time_of(message_id: str) -> float | None:
+    """When the message was accepted, in seconds since 1970; None for an ID that does not tell."""
+    if len(message_id) != 36 or message_id[14] != "7":
+        return None
     try:
-        text.encode()
-    except UnicodeEncodeError:  # could not be sent on
-        raise ValidationError("message", "must not contain lone surrogates") from None
+        return int(message_id[:8] + message_id[9:13], 16) / 1000
+    except ValueError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit("smsproxy.py is the domain's module; start main.py, or the command smsproxy")

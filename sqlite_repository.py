@@ -1,346 +1,558 @@
 """The durable repository: statuses and the outbox in one SQLite file, so that a 202 survives a crash.
 
-One thread writes. It takes everything that waits, commits it as one group with `synchronous=FULL`,
-and only then settles the callers' Futures, so that many callers share one fsync. Reads use
-connections of their own, which in WAL mode never wait for the writer.
+Of the threads that wait to write, the one that gets the writing connection commits the changes of all of
+them as one group, with `synchronous=FULL`, so that they share one fsync. Reads use connections of
+their own, which in WAL mode never wait for a writer.
 """
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import functools
 import logging
+import math
 import os
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastsmsing import Message
 from smsproxy import (
-    FINAL_STATUSES, RETENTION, TRANSITIONS, DuplicateMessageError, MessageStatus, RepositoryUnavailableError,
-    SmsProxyError, check_transition,
+    FORGET_STEP, RETENTION, TRANSITIONS, Batch, Claim, DuplicateMessageError, Entry, Incident, MessageStatus,
+    OverloadedError, Reason, Repository, RepositoryUnavailableError, SmsProxyError, UnknownMessageError, check_transition,
+    status_of, time_to_claim,
 )  # fmt: skip
 
-__all__ = ["SqliteRepository"]
+__all__ = ["SqliteRepository", "check_file"]
 
 log = logging.getLogger("smsproxy.sqlite")
 
 APPLICATION_ID = 0x534D5350  # "SMSP": tells our files from others (SQLite manual, PRAGMA application_id)
-GROUP = 1_000  # changes in one commit at most, so that none waits long for the others
 BUSY_TIMEOUT = 5.0  # seconds to wait while someone else, say a backup, holds the file's lock
-PURGE_STEP = 500  # messages forgotten in one transaction: a few milliseconds between two groups
-# For what no ID can be.
-UNUSABLE = (ValueError, OverflowError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
-PURGE_RETRY = 60.0  # seconds until the next try to forget when the file could not be written
+# Rows of one statement. A statement for each row would hand the interpreter's lock over each time.
+ROWS = 100
 # Each script leads from the schema version that is its index to the next one.
 MIGRATIONS = (
     """
     CREATE TABLE message (
-        seq INTEGER PRIMARY KEY,  -- in order of acceptance
+        seq INTEGER PRIMARY KEY,
         id TEXT NOT NULL UNIQUE,
         status TEXT NOT NULL,
-        accepted_at REAL NOT NULL,  -- seconds since 1970, as all times here
+        accepted_at REAL NOT NULL,
         final_at REAL,
-        phone_number TEXT,  -- number and text are NULL once handed over
+        phone_number TEXT,
         content TEXT,
+        fingerprint BLOB
+    )
+    """,
+    """
+    ALTER TABLE message RENAME TO message1;
+    CREATE TABLE message (
+        id TEXT PRIMARY KEY,
+        status TEXT NOT NULL,
+        reason TEXT,  -- why the service itself made it FAILED
+        changed_at REAL,  -- seconds since 1970, as all times here; NULL while the message is in the outbox
         fingerprint BLOB  -- of the request, when it came with an idempotency key
+    ) WITHOUT ROWID;
+    CREATE TABLE outbox (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- in order of acceptance; never used twice
+        id TEXT NOT NULL UNIQUE,
+        accepted_at REAL NOT NULL,
+        phone_number TEXT NOT NULL,
+        content TEXT NOT NULL
     );
-    CREATE INDEX outbox ON message(seq) WHERE phone_number IS NOT NULL;
-    CREATE INDEX expiry ON message(final_at) WHERE final_at IS NOT NULL;
+    INSERT INTO message SELECT id, status, NULL, CASE WHEN phone_number IS NULL THEN
+        coalesce(final_at, accepted_at) END, fingerprint FROM message1 ORDER BY id;
+    INSERT INTO outbox (id, accepted_at, phone_number, content)
+        SELECT id, accepted_at, phone_number, content FROM message1 WHERE phone_number IS NOT NULL ORDER BY seq;
+    DROP TABLE message1;
+    CREATE INDEX expiry ON message (changed_at) WHERE changed_at IS NOT NULL
     """,
 )
-_FROM = {  # SQL list of the statuses that may go to a status
-    status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "NULL"
+COLUMNS = ("id", "accepted_at", "phone_number", "content")  # of the outbox, as `_row` and `_entry` have them
+
+
+def _values(width: int) -> str:
+    return ", ".join(["(" + ", ".join("?" * width) + ")"] * ROWS)
+
+
+# Rows that are missing are NULL, which no ID equals: so there is one statement, prepared once, for any number of rows.
+_IDS = f"({', '.join('?' * ROWS)})"
+INSERT_MESSAGES = f"""
+    INSERT INTO message (id, status, fingerprint)
+    SELECT column1, 'ACCEPTED', column2 FROM (VALUES {_values(2)}) WHERE column1 IS NOT NULL
+    ON CONFLICT (id) DO UPDATE SET status = 'ACCEPTED', reason = NULL, changed_at = NULL, fingerprint = excluded.fingerprint
+    WHERE message.changed_at <= ? RETURNING id
+"""
+INSERT_OUTBOX = f"""
+    INSERT INTO outbox ({', '.join(COLUMNS)})
+    SELECT * FROM (VALUES {_values(len(COLUMNS))}) WHERE column1 IS NOT NULL
+"""
+UPDATE_MESSAGES = {  # by the status that they get
+    status: f"""
+    UPDATE message SET status = '{status.value}', reason = ?, changed_at = ? WHERE id IN {_IDS}
+    AND (changed_at IS NULL OR changed_at > ?) AND status IN ({', '.join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or 'NULL'})
+    RETURNING id
+    """
     for status in MessageStatus
 }
-_Change = Callable[[sqlite3.Connection], Any]
+LEAVE_OUTBOX = f"DELETE FROM outbox WHERE id IN {_IDS} RETURNING id"
+HANDED_OVER = f"UPDATE message SET changed_at = ? WHERE id IN {_IDS} AND changed_at IS NULL"
+FINGERPRINTS = f"SELECT id, fingerprint FROM message WHERE id IN {_IDS} AND (changed_at IS NULL OR changed_at > ?)"
+FORGET = "DELETE FROM message WHERE id IN (SELECT id FROM message WHERE changed_at <= ? ORDER BY changed_at LIMIT ?)"
+OLDEST_CHANGE = "SELECT min(changed_at) FROM message WHERE changed_at IS NOT NULL"
+NEWEST = """
+    SELECT max(coalesce((SELECT accepted_at FROM outbox ORDER BY seq DESC LIMIT 1), 0),
+    coalesce((SELECT max(changed_at) FROM message WHERE changed_at IS NOT NULL), 0))
+"""
+CLAIM = f"SELECT seq, {', '.join(COLUMNS)} FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?"
+STATUS = "SELECT status, reason FROM message WHERE id = ? AND (changed_at IS NULL OR changed_at > ?)"
 
 
-class SqliteRepository:
-    """A `DurableRepository` in one file. Thread-safe; methods block until their change is on disk.
+@contextlib.contextmanager
+def _translated(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise RepositoryUnavailableError(f"{path}: {error}") from error
+
+
+def _execute(
+    db: sqlite3.Connection, sql: str, rows: Sequence[Sequence[Any]], first: Sequence[Any] = (), last: Sequence[Any] = ()
+) -> list[Any]:
+    """Runs a statement of `ROWS` rows as often as there are rows; `first` and `last` are its other parameters."""
+    found: list[Any] = []
+    for start in range(0, len(rows), ROWS):
+        chunk = rows[start : start + ROWS]
+        missing = [None] * ((ROWS - len(chunk)) * len(chunk[0]))
+        found += db.execute(sql, (*first, *[value for row in chunk for value in row], *missing, *last)).fetchall()
+    return found
+
+
+def _storable(message_id: str) -> bool:
+    """Whether the ID can be in a file: a lone surrogate cannot be encoded."""
+    try:
+        message_id.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# Opening
+
+
+def _connect(path: str, timeout: float = BUSY_TIMEOUT) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
+
+
+def _create_private(path: str) -> None:
+    """Makes a file that does not exist yet, for its owner's eyes only; SQLite gives the files beside it the same mode."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+
+def _lock_file(path: str) -> sqlite3.Connection:
+    """Keeps other processes away for as long as this one lives, by SQLite's own lock on a file beside ours."""
+    _create_private(path + ".lock")
+    lock = _connect(path + ".lock", timeout=0)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        lock.close()
+        why = "another process uses it" if "locked" in str(error) else str(error)
+        raise RepositoryUnavailableError(f"{path}: {why}") from error
+    return lock
+
+
+def _open(path: str) -> sqlite3.Connection:
+    """The connection that writes; raises for a file that cannot be used."""
+    _create_private(path)
+    db = _connect(path)
+    try:
+        version = _version(path, db)
+        # SQLite manual, "WAL" and "PRAGMA synchronous": FULL syncs the log after each commit, so that
+        # it survives a loss of power; NORMAL would not.
+        if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+            raise RepositoryUnavailableError(f"{path}: the file system has no WAL mode")
+        db.execute("PRAGMA synchronous = FULL")
+        if db.execute("PRAGMA synchronous").fetchone()[0] != 2:
+            raise RepositoryUnavailableError(f"{path}: synchronous=FULL is not to be had")
+        db.execute("PRAGMA fullfsync = ON")  # macOS: its plain fsync does not reach the disk
+        db.execute("PRAGMA secure_delete = ON")  # what is erased is overwritten
+        db.execute("BEGIN IMMEDIATE")
+        for script in MIGRATIONS[version:]:
+            for statement in script.split(";\n"):
+                db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _version(path: str, db: sqlite3.Connection) -> int:
+    """The schema's version; raises for a file that is not ours, before anything is written to it."""
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if application != APPLICATION_ID and (application, version, tables) != (0, 0, 0):
+        raise RepositoryUnavailableError(f"{path}: the database belongs to something else")
+    if version > len(MIGRATIONS):
+        raise RepositoryUnavailableError(f"{path}: schema version {version} is newer than this program")
+    return version
+
+
+def check_file(path: str) -> None:
+    """Whether a repository could be opened there, but for a process that uses it; changes nothing. Raises
+    `RepositoryUnavailableError`."""
+    path = os.path.realpath(path)
+    with _translated(path):
+        if not os.path.exists(path):
+            if not os.access(os.path.dirname(path), os.W_OK):
+                raise RepositoryUnavailableError(f"{path}: cannot be created")
+            return
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise RepositoryUnavailableError(f"{path}: cannot be read and written")
+        with contextlib.closing(_connect(path)) as db:
+            _version(path, db)
+
+
+# The tables
+
+
+class _Tables:
+    """What can be done in a transaction of the writing connection. Not thread-safe; times are seconds since 1970."""
+
+    def __init__(self, db: sqlite3.Connection, retention: float, now: Callable[[], float]) -> None:
+        self.db, self._retention, self._now = db, retention, now
+        self._slice = min(1.0, retention / 1000) or 1.0  # times of changes are rounded up to it: the index moves less
+        self.backlog: int = db.execute("SELECT count(*) FROM outbox").fetchone()[0]
+
+    def _changed_at(self) -> float:
+        return math.ceil(self._now() / self._slice) * self._slice
+
+    def limit(self) -> float:
+        """What changed at this time or before is forgotten."""
+        return self._now() - self._retention if self._retention else -math.inf
+
+    def status(self, db: sqlite3.Connection, message_id: str) -> MessageStatus:
+        """The status by any connection, `NOT_FOUND` when unknown."""
+        row = db.execute(STATUS, (message_id, self.limit())).fetchone() if _storable(message_id) else None
+        return MessageStatus(row[0]) if row else MessageStatus.NOT_FOUND
+
+    def insert(self, max_pending: int | None, entries: Sequence[Entry]) -> list[Exception | None]:
+        """`Repository.save_all`."""
+        now, ids = self._now(), [entry.message.message_id for entry in entries]
+        room = len(entries) if max_pending is None else max(0, max_pending - self.backlog)
+        fresh = entries
+        if room < len(entries):  # those that are known are told so, however full it is
+            known = self._fingerprints(ids)
+            first = {entry.message.message_id: entry for entry in reversed(entries)}
+            fresh = [first[each] for each in dict.fromkeys(ids) if each not in known][:room]
+        rows = [(entry.message.message_id, entry.fingerprint) for entry in fresh]
+        missing = {row[0] for row in _execute(self.db, INSERT_MESSAGES, rows, last=(self.limit(),))}
+        new: list[Entry] = []
+        for entry in fresh:  # of those with one ID the first counts
+            if entry.message.message_id in missing:
+                missing.remove(entry.message.message_id)
+                new.append(entry)
+        texts = [(each.message_id, now, each.phone_number, each.message) for each in (entry.message for entry in new)]
+        _execute(self.db, INSERT_OUTBOX, texts)
+        self.backlog += len(new)
+        saved = set(map(id, new))
+        known = self._fingerprints(ids) if len(new) < len(entries) else {}
+        return [
+            None if id(entry) in saved else DuplicateMessageError(each, known[each]) if each in known
+            else OverloadedError("too many messages are pending")
+            for entry, each in zip(entries, ids)
+        ]  # fmt: skip
+
+    def _fingerprints(self, ids: Sequence[str]) -> dict[str, bytes | None]:
+        return dict(_execute(self.db, FINGERPRINTS, [(each,) for each in ids], last=(self.limit(),)))
+
+    def update(self, items: Sequence[tuple[str, MessageStatus | Reason]]) -> list[Exception | None]:
+        """`Repository.update_all`."""
+        changed: set[str] = set()
+        for update in dict.fromkeys(update for _, update in items):
+            ids = [(message_id,) for message_id, each in items if each is update]
+            first = (update.value if isinstance(update, Reason) else None, self._changed_at())
+            rows = _execute(self.db, UPDATE_MESSAGES[status_of(update)], ids, first, (self.limit(),))
+            changed.update(row[0] for row in rows)
+        self._leave_outbox(changed)
+        return [None if item[0] in changed else self._refusal(*item) for item in items]
+
+    def _refusal(self, message_id: str, update: MessageStatus | Reason) -> Exception | None:
+        try:
+            check_transition(message_id, self.status(self.db, message_id), status_of(update))
+        except (SmsProxyError, ValueError) as error:  # ValueError: the row makes no sense
+            return error
+        return None
+
+    def hand_over(self, ids: Sequence[str]) -> list[Exception | None]:
+        """`Repository.handed_over`."""
+        left = [(message_id,) for message_id in self._leave_outbox(ids)]
+        _execute(self.db, HANDED_OVER, left, first=(self._changed_at(),))
+        return [None] * len(ids)
+
+    def _leave_outbox(self, ids: Iterable[str]) -> list[str]:
+        left = [row[0] for row in _execute(self.db, LEAVE_OUTBOX, [(message_id,) for message_id in ids])]
+        self.backlog -= len(left)
+        return left
+
+    def forget(self, items: Sequence[None]) -> list[float]:
+        """`Repository.forget`."""
+        self.db.execute(FORGET, (self.limit(), FORGET_STEP))
+        oldest = self.db.execute(OLDEST_CHANGE).fetchone()[0]
+        return [self._retention if oldest is None else min(self._retention, max(0.0, oldest - self.limit()))]
+
+    def touch(self, items: Sequence[None]) -> list[None]:
+        """Writes something that changes nothing."""
+        self.db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        return [None]
+
+
+# The repository
+
+
+@dataclass(slots=True)
+class _Job:
+    """A change of some items that waits for the writing connection; its results, one for each, when it is done."""
+
+    change: Callable[[Any], list[Any]]
+    items: Sequence[Any]
+    results: list[Any] | None = None
+    error: Exception | None = None
+
+
+class SqliteRepository(Repository):
+    """A repository in one file, for one process at a time. Methods block until their change is on disk.
 
     Raises `RepositoryUnavailableError` when the file cannot be used, at once when it is made, and then
     whenever it cannot be written (the disk is full, someone else holds it); nothing is half-written,
-    and the next change is tried afresh. Final statuses are deleted after `retention` seconds (0: never).
+    and the next change is tried afresh. What a damaged page makes impossible fails alone, and `check`
+    tells. Times pass by `clock` from the moment the file is opened, so that a jump of the wall clock
+    changes nothing; only a start reads the wall clock.
     """
 
-    slow = True
+    blocking = True
+    durable = True
 
-    def __init__(self, path: str, retention: float = RETENTION, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: str, retention: float = RETENTION, *,
+        clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
         self._path, self._retention, self._clock = os.path.realpath(path), retention, clock
+        with contextlib.ExitStack() as undo, _translated(self._path):
+            self._process_lock = undo.enter_context(contextlib.closing(_lock_file(self._path)))
+            db = undo.enter_context(contextlib.closing(_open(self._path)))
+            # What turns our clock into seconds since 1970. Time goes on where the file left it when the wall clock was
+            # set back meanwhile: otherwise its messages would wait until they are as old as the clock thinks.
+            self._epoch = max(wall_clock(), db.execute(NEWEST).fetchone()[0]) - clock()
+            self._tables = _Tables(db, retention, lambda: clock() + self._epoch)
+            undo.pop_all()
+        self._incident = Incident(log, f"{self._path} cannot be written")
+        self._damage = ""  # what was found damaged
+        self._forget_at = -math.inf  # by our clock: nothing is due before
+        self._writing = threading.Lock()  # held by the thread that commits for all
+        self._claims = threading.Lock()  # guards the next two; claims read the file under it, one at a time
+        self._cursor = 0  # no message up to this seq can be claimed, but for released ones, which reset it
+        self._claimed: dict[str, int] = {}  # seq by ID
         self._lock = threading.Lock()  # guards everything below
-        self._filled = threading.Condition(self._lock)  # there are jobs, or none will come any more
-        self._jobs: deque[tuple[_Change, Future[Any]]] = deque()  # no more than there are threads that wait for them
+        self._jobs: list[_Job] = []  # no more than there are threads that wait for them
         self._readers: list[sqlite3.Connection] = []  # open and not in use
         self._closed = False
-        self._purge_at: float | None = None  # the writer's alone
-        with contextlib.ExitStack() as undo:
-            self._process_lock = undo.enter_context(contextlib.closing(self._lock_file()))
-            with self._translated():
-                self._db = undo.enter_context(contextlib.closing(self._open()))
-            undo.pop_all()
-        self._writer = threading.Thread(target=self._write, name="smsproxy-writer-1", daemon=True)
-        self._writer.start()
 
-    # What a repository does
-
-    def save(self, message_id: str, message: Message | None = None, fingerprint: bytes | None = None) -> None:
-        """Stores `ACCEPTED` and, if given, the message in the outbox; raises `DuplicateMessageError`."""
-        phone_number, content = (message.phone_number, message.message) if message else (None, None)
-        for error in self._insert([(message_id, phone_number, content, fingerprint)]):
-            if error is not None:
-                raise error
-
-    def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
-        """`save` for messages with their fingerprints, in one transaction; what it would raise for each of them."""
-        return self._insert([(m.message_id, m.phone_number, m.message, fingerprint) for m, fingerprint in messages])
+    def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
+        """See `Repository`."""
+        results = self._change(partial(self._tables.insert, max_pending), entries)
+        now = self._clock()
+        for entry in entries:
+            entry.accepted_at = now
+        return results
 
     def get(self, message_id: str) -> MessageStatus:
-        """The status as last acknowledged, `NOT_FOUND` when unknown."""
+        """See `Repository`; the status as last acknowledged."""
         with self._reader() as db:
-            return self._status(db, message_id)
+            return self._tables.status(db, message_id)
 
-    def update(self, message_id: str, status: MessageStatus) -> None:
-        """Raises `UnknownMessageError` or `StatusTransitionError`, and then changes nothing."""
-        for failure in self.update_all({message_id: status}).values():
-            raise failure
+    def reason(self, message_id: str) -> Reason | None:
+        """See `Repository`."""
+        with self._reader() as db:
+            row = db.execute(STATUS, (message_id, -math.inf)).fetchone() if _storable(message_id) else None
+        return Reason(row[1]) if row and row[1] else None
 
-    def update_all(self, updates: Mapping[str, MessageStatus]) -> dict[str, Exception]:
-        """Applies the updates in one transaction; returns why some could not be. Numbers and texts go."""
+    def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
+        """See `Repository`."""
+        errors: dict[str, Exception] = {
+            each: UnknownMessageError(f"message {each!r} is not known") for each in updates if not _storable(each)
+        }
+        items = [item for item in updates.items() if item[0] not in errors]
+        results = self._change(self._tables.update, items)
+        errors.update((message_id, error) for (message_id, _), error in zip(items, results) if error is not None)
+        self._forget_claims(updates.keys() - errors.keys())
+        return errors
 
-        def change(db: sqlite3.Connection) -> dict[str, Exception]:
+    def claim(self, size: int, max_delay: float | None) -> Claim:
+        """See `Repository`. One SELECT."""
+        with self._claims, self._reader() as db:
+            limit = min(size, 2**62) + 1 + len(self._claimed)
+            rows = [row for row in db.execute(CLAIM, (self._cursor, limit)) if row[1] not in self._claimed]
             now = self._clock()
-            failures: dict[str, Exception] = {}
-            for message_id, status in updates.items():
-                final_at = now if status in FINAL_STATUSES else None
-                sql = (
-                    "UPDATE message SET status = ?, final_at = ?, phone_number = NULL, content = NULL"
-                    f" WHERE id = ? AND status IN ({_FROM[status]})"
-                )
-                try:
-                    if not db.execute(sql, (status.value, final_at, message_id)).rowcount:
-                        check_transition(message_id, self._status(db, message_id), status)
-                except (SmsProxyError, *UNUSABLE) as refusal:
-                    failures[message_id] = refusal
-                if final_at is not None and self._purge_at is None and self._retention:
-                    self._purge_at = final_at + self._retention
-            return failures
+            age = now + self._epoch - rows[0][2] if rows else 0.0
+            wait = time_to_claim(len(rows), size, age, max_delay)
+            if wait != 0.0:
+                return Claim(None, len(rows), wait)
+            taken, waiting = rows[:size], len(rows[size:])
+            self._cursor = taken[-1][0]
+            self._claimed.update((row[1], row[0]) for row in taken)
+        entries = [Entry(Message(phone_number, content, each), None, min(now, accepted_at - self._epoch))
+                   for _, each, accepted_at, phone_number, content in taken]  # fmt: skip
+        return Claim(Batch(tuple(entries)), waiting)
 
-        failures: dict[str, Exception] = self._submit(change).result()
-        return failures
+    def release(self, batch: Batch) -> None:
+        """See `Repository`."""
+        with self._claims:
+            seqs = [self._claimed.pop(message_id) for message_id in batch.ids if message_id in self._claimed]
+            self._cursor = min([self._cursor, *(seq - 1 for seq in seqs)])
 
-    def handed_over(self, message_ids: Iterable[str]) -> None:
-        """Takes messages out of the outbox and erases their numbers and texts."""
-        rows = [(message_id,) for message_id in message_ids]
-        sql = "UPDATE message SET phone_number = NULL, content = NULL WHERE id = ?"
-        self._submit(lambda db: db.executemany(sql, rows) and None).result()
+    def handed_over(self, batch: Batch) -> None:
+        """See `Repository`."""
+        for error in self._change(self._tables.hand_over, [each for each in batch.ids if _storable(each)]):
+            if error is not None:
+                raise error
+        self._forget_claims(batch.ids)
 
-    def outbox(self) -> list[tuple[float, Message]]:
-        """Time of acceptance and message of all that is not handed over, in order of acceptance."""
-        sql = "SELECT accepted_at, phone_number, content, id FROM message WHERE phone_number IS NOT NULL ORDER BY seq"
+    def backlog(self) -> int:
+        """See `Repository`. Never blocks."""
+        return self._tables.backlog
+
+    def oldest(self) -> float | None:
+        """See `Repository`."""
         with self._reader() as db:
-            return [(accepted_at, Message(*rest)) for accepted_at, *rest in db.execute(sql)]
+            row = db.execute("SELECT accepted_at FROM outbox ORDER BY seq LIMIT 1").fetchone()
+        return max(0.0, self._clock() + self._epoch - row[0]) if row else None
+
+    def size(self) -> int:
+        """See `Repository`."""
+        return sum(os.path.getsize(path) for path in (self._path, self._path + "-wal") if os.path.exists(path))
+
+    def forget(self) -> float | None:
+        """See `Repository`. Nothing is read or written before something may be due."""
+        if not self._retention:
+            return None
+        wait = self._forget_at - self._clock()
+        if wait <= 0:
+            wait = self._change(self._tables.forget, [None])[0]
+            self._forget_at = self._clock() + wait
+        return wait
 
     def check(self) -> None:
-        """Writes to the file; raises `RepositoryUnavailableError` if that fails or the writer hangs."""
-        sql = f"PRAGMA user_version = {len(MIGRATIONS)}"
-        done = self._submit(lambda db: db.execute(sql) and None)
-        try:
-            done.result(BUSY_TIMEOUT + 1.0)
-        except concurrent.futures.TimeoutError:  # not yet the builtin one in Python 3.10
-            raise RepositoryUnavailableError(f"{self._path}: the writer does not answer") from None
+        """See `Repository`. Writes to the file."""
+        if self._damage:
+            raise RepositoryUnavailableError(f"the database is damaged: {self._damage}")
+        self._change(self._tables.touch, [None])
 
     def close(self) -> None:
-        """Commits what waits and closes the file; later calls raise `RepositoryUnavailableError`."""
-        with self._lock:
+        """Closes the file; later calls raise `RepositoryUnavailableError`."""
+        with self._writing, self._lock:
             self._closed = True
-            self._filled.notify()
-        self._writer.join()
-        with self._lock:
-            while self._readers:
-                self._readers.pop().close()
-        self._db.close()
-        self._process_lock.close()
-
-    # Opening
-
-    def _lock_file(self) -> sqlite3.Connection:
-        """Keeps other processes away for as long as this one lives, by SQLite's own lock on a file beside ours."""
-        with self._translated():
-            lock = sqlite3.connect(self._path + ".lock", timeout=0, isolation_level=None, check_same_thread=False)
-        try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
-            lock.close()
-            why = "another process uses it" if "locked" in str(error) else str(error)
-            raise RepositoryUnavailableError(f"{self._path}: {why}") from error
-        return lock
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
-
-    def _open(self) -> sqlite3.Connection:
-        db = self._connect()
-        try:
-            version = self._version(db)
-            # SQLite manual, "WAL" and "PRAGMA synchronous": FULL syncs the log after each commit, so that
-            # it survives a loss of power; NORMAL would not.
-            if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-                raise RepositoryUnavailableError(f"{self._path}: the file system has no WAL mode")
-            db.execute("PRAGMA synchronous = FULL")
-            if db.execute("PRAGMA synchronous").fetchone()[0] != 2:
-                raise RepositoryUnavailableError(f"{self._path}: synchronous=FULL is not to be had")
-            db.execute("PRAGMA fullfsync = ON")  # macOS: its plain fsync does not reach the disk
-            db.execute("PRAGMA secure_delete = ON")  # what is erased is overwritten
-            db.execute("BEGIN IMMEDIATE")
-            for script in MIGRATIONS[version:]:
-                for statement in script.split(";"):
-                    db.execute(statement)
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-            db.execute("COMMIT")
-            oldest = db.execute("SELECT min(final_at) FROM message WHERE final_at IS NOT NULL").fetchone()[0]
-            self._purge_at = oldest + self._retention if oldest is not None and self._retention else None
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _version(self, db: sqlite3.Connection) -> int:
-        """The schema's version; raises for a file that is not ours, before anything is written to it."""
-        version: int = db.execute("PRAGMA user_version").fetchone()[0]
-        application = db.execute("PRAGMA application_id").fetchone()[0]
-        tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if application != APPLICATION_ID and (application, version, tables) != (0, 0, 0):
-            raise RepositoryUnavailableError(f"{self._path}: the database belongs to something else")
-        if version > len(MIGRATIONS):
-            raise RepositoryUnavailableError(f"{self._path}: schema version {version} is newer than this program")
-        return version
-
-    # Reading and writing
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise RepositoryUnavailableError(f"{self._path}: {error}") from error
+            for db in (*self._readers, self._tables.db, self._process_lock):
+                db.close()
 
     @contextlib.contextmanager
     def _reader(self) -> Iterator[sqlite3.Connection]:
-        """A connection for one read; there are as many as there were reads at a time."""
+        """A connection for one read. The pool grows to the peak number of concurrent reads."""
         with self._lock:
-            if self._closed:
-                raise RepositoryUnavailableError(f"{self._path}: closed")
+            self._check_open()
             db = self._readers.pop() if self._readers else None
-        with self._translated():
-            db = db or self._connect()
+        with _translated(self._path):
+            db = db or _connect(self._path)
             try:
                 yield db
-            except BaseException:
-                db.close()
-                raise
+            finally:
+                with self._lock:
+                    if self._closed:
+                        db.close()
+                    else:
+                        self._readers.append(db)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RepositoryUnavailableError(f"{self._path}: closed")
+
+    def _forget_claims(self, ids: Iterable[str]) -> None:
+        with self._claims:
+            for message_id in ids:
+                self._claimed.pop(message_id, None)
+
+    # Writing
+
+    def _change(self, change: Callable[[Any], list[Any]], items: Sequence[Any]) -> list[Any]:
+        """Makes the change in a transaction with those of all threads that wait at the time."""
+        if not items:
+            return []
+        job = _Job(change, items)
         with self._lock:
-            if not self._closed:
-                self._readers.append(db)
-                return
-        db.close()
+            self._check_open()
+            self._jobs.append(job)
+        with self._writing:
+            if job.results is None and job.error is None:  # otherwise another thread has done it
+                with self._lock:
+                    self._check_open()
+                    jobs, self._jobs = self._jobs, []
+                self._commit(jobs)
+        if job.error is not None:
+            raise job.error
+        return job.results or []
 
-    @staticmethod
-    def _status(db: sqlite3.Connection, message_id: str) -> MessageStatus:
-        row = db.execute("SELECT status FROM message WHERE id = ?", (message_id,)).fetchone()
-        return MessageStatus(row[0]) if row else MessageStatus.NOT_FOUND
+    def _commit(self, jobs: Sequence[_Job]) -> None:
+        """Makes the jobs one transaction. One that fails by itself is tried again alone, and then its halves,
+        down to the item that is to blame. What fails for all, fails all."""
+        try:
+            results = self._transaction(jobs)
+        except sqlite3.OperationalError as error:
+            self._incident.failed(error)
+            for job in jobs:
+                job.error = RepositoryUnavailableError(f"the database cannot be written: {error}")
+        except Exception as error:
+            self._commit_in_parts(jobs, error)
+        else:
+            self._incident.ended()
+            for job, result in zip(jobs, results):
+                job.results = result
 
-    def _submit(self, change: _Change) -> Future[Any]:
-        """Queues a change for the writer's next group."""
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._closed:
-                raise RepositoryUnavailableError(f"{self._path}: closed")
-            self._jobs.append((change, future))
-            self._filled.notify()
-        return future
+    def _commit_in_parts(self, jobs: Sequence[_Job], error: Exception) -> None:
+        (job, *others), middle = jobs, len(jobs[0].items) // 2
+        if others:
+            for each in jobs:
+                self._commit([each])
+        elif middle:
+            parts = [_Job(job.change, items) for items in (job.items[:middle], job.items[middle:])]
+            for part in parts:
+                self._commit([part])
+            job.error = parts[0].error or parts[1].error
+            job.results = [*(parts[0].results or ()), *(parts[1].results or ())]
+        elif type(error) is sqlite3.DatabaseError:
+            if not self._damage:  # once: every message on a bad page comes here
+                log.error("%s is damaged: %s", self._path, error)
+            self._damage = str(error)
+            job.results = [RepositoryUnavailableError(f"the database is damaged: {error}")]
+        else:
+            job.results = [error]
 
-    def _insert(self, rows: Sequence[tuple[str, str | None, str | None, bytes | None]]) -> list[Exception | None]:
-        """Stores messages by ID, number, text and fingerprint; returns why some could not be."""
-        now, status = self._clock(), MessageStatus.ACCEPTED.value
-        sql = (
-            "INSERT INTO message (id, phone_number, content, fingerprint, status, accepted_at)"
-            " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING"
-        )
-
-        def insert(db: sqlite3.Connection, row: tuple[str, str | None, str | None, bytes | None]) -> Exception | None:
-            try:
-                if db.execute(sql, (*row, status, now)).rowcount:
-                    return None
-                stored = db.execute("SELECT fingerprint FROM message WHERE id = ?", row[:1]).fetchone()
-                return DuplicateMessageError(row[0], stored[0])
-            except UNUSABLE as refusal:
-                return refusal
-
-        errors: list[Exception | None] = self._submit(lambda db: [insert(db, row) for row in rows]).result()
-        return errors
-
-    def _write(self) -> None:
-        while (group := self._next_group()) is not None:
-            try:
-                self._commit(group)
-                if self._purge_at is not None and self._clock() >= self._purge_at:
-                    done: Future[float | None] = Future()
-                    self._purge_at = self._clock() + PURGE_RETRY  # should this fail
-                    self._commit([(self._purge, done)])
-                    if done.exception() is None:
-                        self._purge_at = done.result()
-            except Exception:
-                log.exception("the writer goes on after an error")
-
-    def _next_group(self) -> list[tuple[_Change, Future[Any]]] | None:
-        """Everything that waits, or nothing when it is time to forget; None when closed and done."""
-        with self._lock:
-            while not self._jobs:
-                if self._closed:
-                    return None
-                wait = None if self._purge_at is None else self._purge_at - self._clock()
-                if wait is not None and wait <= 0:
-                    return []
-                self._filled.wait(None if wait is None else min(wait, threading.TIMEOUT_MAX))
-            group = [self._jobs.popleft() for _ in range(min(len(self._jobs), GROUP))]
-            return group
-
-    def _commit(self, group: list[tuple[_Change, Future[Any]]]) -> None:
-        """Makes the changes one transaction. One that fails by itself fails its caller alone: the others
-        are rolled back and tried again without it. What fails for all, fails all."""
-        while group:
-            settle: list[Callable[[], None]] = []
-            culprit = None
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                for culprit in group:
-                    change, future = culprit
-                    settle.append(functools.partial(future.set_result, change(self._db)))
-                culprit = None
-                self._db.execute("COMMIT")
-            except Exception as error:
-                with contextlib.suppress(sqlite3.Error):  # there may be nothing left to roll back
-                    self._db.execute("ROLLBACK")
-                if culprit is not None and type(error) not in (sqlite3.OperationalError, sqlite3.DatabaseError):
-                    group.remove(culprit)
-                    culprit[1].set_exception(error)
-                    continue
-                log.error("nothing could be written to %s: %s", self._path, error)
-                unavailable = RepositoryUnavailableError(f"the database cannot be written: {error}")
-                settle = [functools.partial(future.set_exception, unavailable) for _, future in group]
-            for call in settle:
-                call()
-            return
-
-    def _purge(self, db: sqlite3.Connection) -> float | None:
-        """Forgets a few; returns when the next are due."""
-        sql = "DELETE FROM message WHERE seq IN (SELECT seq FROM message WHERE final_at <= ? ORDER BY final_at LIMIT ?)"
-        db.execute(sql, (self._clock() - self._retention, PURGE_STEP))
-        oldest = db.execute("SELECT min(final_at) FROM message WHERE final_at IS NOT NULL").fetchone()[0]
-        return None if oldest is None else oldest + self._retention
+    def _transaction(self, jobs: Sequence[_Job]) -> list[list[Any]]:
+        db, backlog = self._tables.db, self._tables.backlog
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            results = [job.change(job.items) for job in jobs]
+            db.execute("COMMIT")
+        except BaseException:
+            self._tables.backlog = backlog
+            with contextlib.suppress(sqlite3.Error):  # there may be nothing left to roll back
+                db.execute("ROLLBACK")
+            raise
+        return results
