@@ -1,4 +1,4 @@
-"""The REST interface: routes, JSON in and out, and which error becomes which answer.
+"""The REST interface: routes, JSON in and out, and which error becomes which response.
 
 The HTTP protocol itself is `http_front`'s business, everything about messages `smsproxy`'s.
 """
@@ -6,110 +6,177 @@ from __future__ import annotations
 
 import hmac
 import json
-import math
+import logging
+import os
+import pkgutil
+import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 from urllib.parse import unquote
 
 from http_front import FrontHandler, FrontServer, HttpError, Limits
 from smsproxy import (
-    ClosedError, IdempotencyError, MessageStatus, Metrics, OverloadedError, RepositoryUnavailableError, SendMessage,
-    SmsProxy, ValidationError, validate,
+    FAMILIES, ClosedError, Entry, Family, IdempotencyError, MessageStatus, OverloadedError, Reason,
+    RepositoryUnavailableError, SendMessage, SmsProxy, ValidationError,
 )  # fmt: skip
+
+try:
+    import resource
+except ImportError:  # not a Unix
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["SmsHandler", "SmsServer"]
 
-ROUTES = {
+log = logging.getLogger("smsproxy.rest")
+
+ROUTES = {  # path → methods
     "/sms": ("POST",),
     "/sms/": ("POST",),
     "/sms/<id>": ("GET", "HEAD"),
     "/metrics": ("GET", "HEAD"),
     "/healthz": ("GET", "HEAD"),
     "/openapi.json": ("GET", "HEAD"),
+    "/": ("GET", "HEAD"),
     "*": ("GET", "HEAD", "POST"),
 }
+ALIASES = {"/sms/": "/sms", "*": "other"}  # what the metrics call a path
+GUARDED = {"/sms", "/sms/", "/sms/<id>", "/metrics"}  # need an API key, if there are any
 FIELDS = {"phone_number": "PhoneNumber", "message": "Content"}  # the domain's names and ours
-REFUSALS: dict[type[BaseException], tuple[int, int | None]] = {  # error of the domain → status, seconds to wait before another try
+REFUSALS: dict[type[BaseException], tuple[int, int | None]] = {  # error of the domain → status, seconds before another try
     IdempotencyError: (HTTPStatus.UNPROCESSABLE_ENTITY, None),
     OverloadedError: (HTTPStatus.SERVICE_UNAVAILABLE, 1),
     RepositoryUnavailableError: (HTTPStatus.SERVICE_UNAVAILABLE, 5),
     ClosedError: (HTTPStatus.SERVICE_UNAVAILABLE, 10),
 }
+CODES = (200, 202, 400, 401, 404, 405, 408, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)  # all that are sent
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
-_encode = json.encoder.encode_basestring_ascii  # what `json.dumps` does with a string, without asking what it is
-STATUS_BODIES = {status: json.dumps({"Status": status.value}).encode() for status in MessageStatus}
-OPENAPI = Path(__file__).with_name("openapi.json")
-METRICS = (  # name, type, label, help
-    ("smsproxy_messages_accepted_total", "counter", "", "Messages accepted and queued."),
-    ("smsproxy_messages_handed_over_total", "counter", "", "Messages that FastSMSing took."),
-    ("smsproxy_messages_given_up_total", "counter", "reason", "Messages given up, by reason."),
-    ("smsproxy_messages_final_total", "counter", "status", "Messages that reached a final status."),
-    ("smsproxy_batches_total", "counter", "result", "Batches handed over or given up."),
-    ("smsproxy_batch_messages", "histogram", "", "Messages in a batch."),
-    ("smsproxy_provider_requests_total", "counter", "result", "Requests to FastSMSing, every attempt."),
-    ("smsproxy_provider_request_duration_seconds", "histogram", "", "Time that FastSMSing took to answer."),
-    ("smsproxy_provider_requests_in_flight", "gauge", "", "Requests to FastSMSing under way."),
-    ("smsproxy_requests_saved_total", "counter", "", "Messages handed over less the requests paid for them."),
-    ("smsproxy_pending_messages", "gauge", "", "Messages accepted and not yet handed over."),
-    ("smsproxy_oldest_pending_message_age_seconds", "gauge", "", "Age of the oldest pending message, 0 without one."),
-    ("smsproxy_status_updates_total", "counter", "result", "Delivery reports, by what became of them."),
-    ("smsproxy_http_responses_total", "counter", "code", "HTTP answers, by status code."),
+FORM = re.compile(r"[A-Za-z_]+=")
+LANES = 4  # groups that a blocking repository works on at a time; its waits overlap then
+STATUS_BODIES = {status: json.dumps({"Status": status.value}).encode() + b"\n" for status in MessageStatus}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+    " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+FILES = {  # path → file, content type, headers
+    "/openapi.json": ("openapi.json", "application/json", {}),
+    "/": ("page.html", "text/html; charset=utf-8", PAGE_HEADERS),
+}
+HTTP_FAMILIES = (
+    Family("smsproxy_http_connections", "gauge", "Connections that are open."),
+    Family("smsproxy_http_connections_limit", "gauge", "With so many connections others wait in the backlog."),
+    Family("process_cpu_seconds_total", "counter", "Processor time that this process used."),
+    Family("process_start_time_seconds", "gauge", "When this process started, in seconds since 1970."),
+    Family("process_resident_memory_bytes", "gauge", "Memory that this process holds."),
+    Family("process_open_fds", "gauge", "File descriptors that are open."),
+    Family("process_max_fds", "gauge", "File descriptors that may be open."),
 )
 
 
-class SmsServer(FrontServer):
-    """Serves one `SmsProxy` over HTTP. With `api_keys`, /sms and /metrics need one of them."""
+def data_file(name: str) -> bytes:
+    """A file that comes with the service: beside this module, in a zip file, too, or where an installation puts it."""
+    try:
+        found = pkgutil.get_data(__name__, name)
+    except OSError:
+        found = None
+    return found if found is not None else Path(sys.prefix, "share", "smsproxy", name).read_bytes()
+
+
+class Group:
+    """What the requests of one iteration of the loop ask for, asked for together at its end. For the loop's thread only.
+
+    If that may block it is done in a worker, `lanes` groups at a time; whatever comes meanwhile shares the next one.
+    """
 
     def __init__(
-        self, address: tuple[str, int], proxy: SmsProxy, *, limits: Limits = Limits(), api_keys: Iterable[str] = ()
-    ) -> None:
-        self.proxy = proxy
-        self._handlers: list[SmsHandler] = []  # suspended until their message is accepted
-        self._posts: list[tuple[Any, Any, str | None]] = []  # their numbers, texts and idempotency keys
-        self._saving = False  # a durable save is under way
-        self.api_keys = tuple(key.encode() for key in api_keys)
-        super().__init__(address, SmsHandler, limits)
+        self, server: SmsServer, ask: Callable[[Sequence[Any]], Sequence[Any]],
+        respond: Callable[[SmsHandler, Any], None], lanes: int = LANES,
+    ) -> None:  # fmt: skip
+        self._server, self._ask_all, self._respond, self._lanes = server, ask, respond, lanes
+        self._waiting: list[tuple[SmsHandler, Any]] = []
+        self._under_way = 0
 
-    def accept(self, handler: SmsHandler, number: Any, text: Any, key: str | None) -> None:
-        """Suspends the handler until its message is accepted, at the end of the turn, with all others of the turn."""
+    def add(self, handler: SmsHandler, item: Any) -> None:
+        """Suspends the handler until `respond` gets the result for the item."""
         handler.suspend()
-        self._handlers.append(handler)
-        self._posts.append((number, text, key))
+        if not self._waiting:
+            self._server.asking.append(self)
+        self._waiting.append((handler, item))
 
-    def end_turn(self) -> None:
-        """Accepts what has come, as one group. In durable mode that is one commit at a time; whatever comes
-        during one shares the next."""
-        while self._posts and not self._saving:
-            handlers, posts = self._handlers, self._posts
-            self._handlers, self._posts = [], []
-            if not self.proxy.durable:
-                self._answer(handlers, self._send_all(posts))
-                continue
-            try:
-                saved = self.submit(self._send_all, posts)
-            except RuntimeError as error:  # the system has no thread for us
-                self._answer(handlers, [error] * len(posts))
-            else:
-                self._saving = True
-                saved.add_done_callback(lambda done: self.call_soon(self._saved, handlers, done.result()))
+    def ask(self) -> None:
+        """Asks for what waits, as one group."""
+        if not self._waiting or self._under_way >= self._lanes:
+            return
+        waiting, self._waiting = self._waiting, []
+        items = [item for _, item in waiting]
+        if not self._server.proxy.blocking:
+            self._resume(waiting, self._results(items))
+            return
+        self._under_way += 1
+        future = self._server.submit(self._results, items)
+        future.add_done_callback(lambda done: self._server.call_soon(self._done, waiting, done.result()))
 
-    def _send_all(self, posts: Sequence[tuple[Any, Any, str | None]]) -> Sequence[_Result]:
+    def _results(self, items: Sequence[Any]) -> Sequence[Any]:
         try:
-            return self.proxy.send_all(posts)
-        except (Exception, SystemExit) as error:  # the boundary: each of them gets an answer
-            return [error] * len(posts)
+            return self._ask_all(items)
+        except (Exception, SystemExit) as error:  # the boundary: each of them gets a response
+            return [error] * len(items)
 
-    def _saved(self, handlers: Sequence[SmsHandler], results: Sequence[_Result]) -> None:
-        self._saving = False
-        self.end_turn()  # first of all, so that the disk does not wait for the answers
-        self._answer(handlers, results)
+    def _done(self, waiting: Sequence[tuple[SmsHandler, Any]], results: Sequence[Any]) -> None:
+        self._under_way -= 1
+        self.ask()  # first of all, so that the disk does not wait for the responses
+        self._resume(waiting, results)
 
-    def _answer(self, handlers: Sequence[SmsHandler], results: Sequence[_Result]) -> None:
-        for handler, result in zip(handlers, results):
-            self.guard(handler.resume, handler.accepted, result)
+    def _resume(self, waiting: Sequence[tuple[SmsHandler, Any]], results: Sequence[Any]) -> None:
+        for (handler, _), result in zip(waiting, results):
+            if isinstance(result, BaseException):
+                self._server.guard(handler.resume, handler.fail, result)
+            else:
+                self._server.guard(handler.resume, self._respond, handler, result)
+
+
+class SmsServer(FrontServer):
+    """Serves one `SmsProxy` over HTTP. With `api_keys`, key by name, /sms and /metrics need one of them."""
+
+    def __init__(
+        self, address: tuple[str, int], proxy: SmsProxy, *, limits: Limits = Limits(),
+        api_keys: Mapping[str, str] = {}, version: str = "", **options: Any,
+    ) -> None:  # fmt: skip
+        self.proxy = proxy
+        self.version = version
+        self.files = {path: data_file(name) for path, (name, _, _) in FILES.items()}
+        self.set_api_keys(api_keys)
+        self.posts = Group(self, proxy.accept_all, SmsHandler.accepted)
+        self.statuses = Group(self, self._look_up, SmsHandler.found)
+        # One at a time, and its result for all who ask meanwhile: anybody may ask.
+        self.healths = Group(self, lambda items: [proxy.health()] * len(items), SmsHandler.healthy, lanes=1)
+        self.metrics = Group(self, lambda items: [proxy.gauges()] * len(items), SmsHandler.measured, lanes=1)
+        self.asking: list[Group] = []  # the groups that have something to ask for in this iteration
+        super().__init__(address, SmsHandler, limits, workers=2 * LANES + 2 if proxy.blocking else 0, **options)
+
+    def set_api_keys(self, api_keys: Mapping[str, str]) -> None:
+        """Replaces the keys, key by name, for the requests that come from now on."""
+        self.api_keys = {name: key.encode() for name, key in api_keys.items()}
+
+    def end_of_iteration(self) -> None:
+        """Asks for what the requests of this iteration want of the domain, as groups."""
+        while self.asking:
+            self.asking.pop().ask()
+
+    def look_up(self, message_id: str) -> tuple[MessageStatus, Reason | None]:
+        """A message's status, and why the service itself gave it up, if it did. May block."""
+        status = self.proxy.get_status(message_id)
+        return status, self.proxy.get_reason(message_id) if status is MessageStatus.FAILED else None
+
+    def _look_up(self, ids: Iterable[str]) -> list[tuple[MessageStatus, Reason | None]]:
+        return [self.look_up(message_id) for message_id in ids]
 
 
 class SmsHandler(FrontHandler):
@@ -117,23 +184,25 @@ class SmsHandler(FrontHandler):
 
     server: SmsServer
 
-    def check(self) -> None:
-        """401, 404 and 405: what the method, the path and the key tell."""
-        path = self.path
-        if self.server.api_keys and path.startswith(("/sms", "/metrics")):
-            self._authorize()
+    def route(self) -> None:
+        """401, 404 and 405: what the path, the method and the key tell."""
+        path, method = self.request.path, self.request.method
+        name = path
         methods = ROUTES.get(path)
         if methods is None and path.startswith("/sms/") and "/" not in path[5:]:
-            methods = ROUTES["/sms/<id>"]
-        if methods is None or (path == "/sms/" and self.command in ("GET", "HEAD")):
+            name, methods = "/sms/<id>", ROUTES["/sms/<id>"]
+        self.request.route = ALIASES.get(name, name) if methods else "other"
+        if self.server.api_keys and (name in GUARDED or path.startswith(("/sms", "/metrics"))):
+            self._authorize()
+        if methods is None or (path == "/sms/" and method in ("GET", "HEAD")):
             raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
-        if self.command not in methods and self.command != "OPTIONS":
+        if method not in methods and method != "OPTIONS":
             allow = {"Allow": ", ".join((*methods, "OPTIONS"))}
-            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.command} is not allowed here", allow)
+            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", allow)
         self._methods = methods
 
     def translate(self, error: BaseException) -> HttpError | None:
-        """The answer to an error of the domain."""
+        """The response to an error of the domain."""
         if isinstance(error, ValidationError):
             return HttpError(HTTPStatus.BAD_REQUEST, f"{FIELDS.get(error.field, error.field)} {error.problem}")
         if type(error) in REFUSALS:
@@ -143,66 +212,78 @@ class SmsHandler(FrontHandler):
 
     def do_OPTIONS(self) -> None:
         """Says what is allowed."""
-        self.answer(HTTPStatus.OK, headers={"Allow": ", ".join((*self._methods, "OPTIONS"))})
+        self.respond(HTTPStatus.OK, headers={"Allow": ", ".join((*self._methods, "OPTIONS"))})
 
     def do_POST(self) -> None:
-        """Accepts a message."""
-        (number, text), key, proxy = _message(self.body), self.headers.get("idempotency-key"), self.server.proxy
+        """Accepts a message, with all others of this iteration."""
+        message, key = decode(self.request.body), self.request.headers.get("idempotency-key")
         if key is not None and IDEMPOTENCY_KEY.fullmatch(key) is None:
             raise HttpError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must be 1 to 255 visible ASCII characters")
-        if proxy.slow and not proxy.durable:  # one by one, so that a slow one holds up nobody else
-            saved = self.server.submit(proxy.send, SendMessage(number, text), key)
-            self.defer(saved, lambda result: self.accepted(result.id))
-        else:
-            if proxy.durable:
-                validate(number, text)  # or a 400 would wait for the disk
-            self.server.accept(self, number, text, key)
+        entry = self.server.proxy.entry(message, key)
+        self._message_id = entry.message.message_id
+        self.server.posts.add(self, entry)
 
     def do_GET(self) -> None:
-        """Tells a status, or one of the operator's pages."""
-        if self.path.startswith("/sms/"):
-            message_id = unquote(self.path[5:])
-            if self.server.proxy.slow:
-                self.defer(self.server.submit(self.server.proxy.get_status, message_id), self._status)
-            else:
-                self._status(self.server.proxy.get_status(message_id))
-        elif self.path == "/healthz":
-            self.defer(self.server.submit(self.server.proxy.health), self._health)
-        elif self.path == "/metrics":
-            text = _exposition(self.server.proxy, self.server.answers)
-            self.answer(HTTPStatus.OK, text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
+        """Tells a status, or gives one of the operator's pages."""
+        path, server = self.request.path, self.server
+        if path.startswith("/sms/"):
+            message_id = unquote(path[5:])
+            if server.proxy.blocking:
+                server.statuses.add(self, message_id)
+            else:  # in memory: at once, without the way through a group
+                self.found(server.look_up(message_id))
+        elif path == "/healthz":
+            server.healths.add(self, None)
+        elif path == "/metrics":
+            server.metrics.add(self, None)
         else:
-            self.answer(HTTPStatus.OK, OPENAPI.read_bytes())
+            _, content_type, headers = FILES[path]
+            self.respond(HTTPStatus.OK, server.files[path], headers, content_type)
 
     do_HEAD = do_GET  # RFC 9110, 9.3.2: the front leaves the body out
 
-    def accepted(self, result: _Result) -> None:
-        """Answers with the ID, or why there is none."""
-        if isinstance(result, BaseException):
-            self.fail(result)
-        else:
-            self.answer(202, f'{{"ID": {_encode(result)}}}'.encode(), {"Location": f"/sms/{result}"})
+    def accepted(self, refusal: None) -> None:
+        """Responds with the ID of the message."""
+        message_id = self._message_id  # a UUID, so nothing in it needs escaping
+        self.respond(202, f'{{"ID": "{message_id}"}}\n'.encode(), {"Location": f"/sms/{message_id}"})
 
-    def _status(self, status: MessageStatus) -> None:
-        self.answer(200, STATUS_BODIES[status])
+    def found(self, result: tuple[MessageStatus, Reason | None]) -> None:
+        """Responds with a status."""
+        status, reason = result
+        body = STATUS_BODIES[status] if reason is None else _json({"Status": status.value, "Reason": reason.value})
+        self.respond(200, body)
 
-    def _health(self, reasons: list[str]) -> None:
-        if self.server.closing and "shutting down" not in reasons:
-            reasons.append("shutting down")
+    def healthy(self, result: tuple[list[str], list[str]]) -> None:
+        """Responds with what is wrong, if anything is."""
+        reasons, warnings = result
+        if self.server.stopping:
+            reasons = [*reasons, "shutting down"]
         doc: dict[str, Any] = {"Status": "UNAVAILABLE", "Reasons": reasons} if reasons else {"Status": "OK"}
-        self.answer(HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK, json.dumps(doc).encode())
+        if warnings:
+            doc["Warnings"] = warnings
+        self.respond(HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK, _json(doc))
+
+    def measured(self, gauges: Mapping[str, float]) -> None:
+        """Responds with the figures for Prometheus."""
+        text = "\n".join((*_exposition(self.server, gauges), ""))
+        self.respond(HTTPStatus.OK, text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _authorize(self) -> None:
-        scheme, _, key = self.headers.get("authorization", "").partition(" ")
+        scheme, _, key = self.request.headers.get("authorization", "").partition(" ")
         given = key.strip().encode("latin-1")
         # All are compared, each in constant time, so that the time tells nothing about any of them.
-        known = sum([hmac.compare_digest(given, key) for key in self.server.api_keys])
+        known = [name for name, each in self.server.api_keys.items() if hmac.compare_digest(given, each)]
         if scheme.lower() != "bearer" or not known:
             challenge = {"WWW-Authenticate": 'Bearer realm="smsproxy"'}  # RFC 6750, 3
             raise HttpError(HTTPStatus.UNAUTHORIZED, "a valid API key is needed", challenge)
+        self.request.client = known[0]
 
 
-_Result = Union[str, BaseException]  # the ID, or why there is none
+def _json(doc: Mapping[str, Any]) -> bytes:
+    return json.dumps(doc).encode() + b"\n"
+
+
+# Requests
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -224,41 +305,86 @@ def _no_number(name: str) -> None:
 _decode = json.JSONDecoder(object_pairs_hook=_fields, parse_int=float, parse_constant=_no_number).raw_decode
 
 
-def _message(body: bytes) -> tuple[Any, Any]:
-    """The number and the text of a request; the domain judges them."""
+def decode(body: bytes) -> SendMessage:
+    """The message of a request, its values as they are: the domain judges them. Raises `HttpError`."""
+    problem = "the body must be a JSON object in UTF-8"
     try:
-        text = body.decode().strip(" \t\n\r")  # RFC 8259, 2
-        doc, end = _decode(text)
-        if end < len(text):
-            raise ValueError("more than one document")
-    except (ValueError, RecursionError):  # not UTF-8, not JSON, NaN, nested too deeply
-        raise HttpError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object in UTF-8") from None
+        text = body.decode()
+        doc, end = _decode(text, len(text) - len(text.lstrip(" \t\n\r")))  # RFC 8259, 2
+        if text[end:].strip(" \t\n\r"):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, NaN, nested too deeply
+        if not body.strip():
+            problem = "the body is empty; it must be a JSON object"
+        elif FORM.match(body.decode("latin-1")):
+            problem = "the body is form-encoded; it must be a JSON object"
+        elif isinstance(error, json.JSONDecodeError):
+            problem += f": {error.msg} at line {error.lineno}, column {error.colno}"
+        raise HttpError(HTTPStatus.BAD_REQUEST, problem) from None
     if not isinstance(doc, dict):
         raise HttpError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object")
     try:
-        return doc["phonenumber"], doc["content"]
+        return SendMessage(doc["phonenumber"], doc["content"])
     except KeyError:
         missing = next(name for name in FIELDS.values() if name.lower() not in doc)
         raise HttpError(HTTPStatus.BAD_REQUEST, f"{missing} is missing") from None
 
 
-def _exposition(proxy: SmsProxy, answers: Mapping[int, int]) -> str:
-    """Prometheus text format 0.0.4."""
-    values: dict[tuple[str, str | float], float] = {(name, ""): value for name, value in proxy.gauges().items()}
-    values.update(proxy.metrics.counts())
-    values.update({("smsproxy_http_responses_total", str(int(code))): count for code, count in answers.items()})
-    lines = []
-    for name, kind, label, text in METRICS:
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
-        if kind == "histogram":
-            total: float = 0
-            for bound in Metrics.BOUNDS[name]:
-                total += values.get((name, bound), 0)
-                lines.append(f'{name}_bucket{{le="{bound if bound < math.inf else "+Inf"}"}} {total}')
-            lines += [f"{name}_sum {values.get((f'{name}_sum', ''), 0)}", f"{name}_count {total}"]
-        elif label:
-            found = sorted((str(key), value) for (of, key), value in values.items() if of == name)
-            lines += [f'{name}{{{label}="{key}"}} {value}' for key, value in found]
-        else:
-            lines.append(f"{name} {values.get((name, ''), 0)}")
-    return "\n".join(lines) + "\n"
+# Metrics
+
+
+def _process() -> dict[str, float]:
+    """Figures of this process; 0 for what the system does not tell."""
+    figures = {
+        "process_cpu_seconds_total": time.process_time(),
+        "process_start_time_seconds": _STARTED,
+        "process_max_fds": float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) if resource else 0.0,
+        "process_resident_memory_bytes": 0.0,
+        "process_open_fds": 0.0,
+    }
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        figures["process_resident_memory_bytes"] = float(pages * os.sysconf("SC_PAGESIZE"))
+        figures["process_open_fds"] = float(len(os.listdir("/proc/self/fd")))
+    except OSError:  # not Linux
+        pass
+    return figures
+
+
+_STARTED = time.time() - time.process_time()  # as near as a module can tell
+
+
+def _exposition(server: SmsServer, gauges: Mapping[str, float]) -> Iterator[str]:
+    """The lines of Prometheus text format 0.0.4."""
+    rows = server.proxy.metrics.rows()
+    connections = {"smsproxy_http_connections": server.open_connections, "smsproxy_http_connections_limit": server.limits.connections}
+    figures = {**gauges, **_process(), **connections}
+    rows.update({(name, ""): [value] for name, value in figures.items()})
+    for family in (*FAMILIES, *HTTP_FAMILIES):
+        yield from (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}")
+        for value in family.values:
+            labels = f'{family.label}="{value}"' if family.label else ""
+            row = rows[family.name, value]
+            yield from _histogram(family, labels, row) if family.bounds else [f"{_series(family.name, labels)} {row[0]:.15g}"]
+    yield from ("# HELP smsproxy_http_responses_total HTTP responses, by route and code.",
+                "# TYPE smsproxy_http_responses_total counter")  # fmt: skip
+    names = {ALIASES.get(path, path) for path in ROUTES}
+    responses = {**{(name, code): 0 for name in sorted(names) for code in CODES}, **server.responses}
+    for (name, code), count in responses.items():
+        yield f'smsproxy_http_responses_total{{route="{name}",code="{code:d}"}} {count}'
+    yield from ("# HELP smsproxy_build_info Which program this is.", "# TYPE smsproxy_build_info gauge",
+                f'smsproxy_build_info{{version="{server.version}",python="{platform.python_version()}"}} 1')  # fmt: skip
+
+
+def _series(name: str, labels: str) -> str:
+    return f"{name}{{{labels}}}" if labels else name
+
+
+def _histogram(family: Family, labels: str, row: Sequence[float]) -> Iterator[str]:
+    total = 0.0
+    comma = "," if labels else ""
+    for bound, count in zip((*family.bounds, "+Inf"), row):
+        total += count
+        yield f'{family.name}_bucket{{{labels}{comma}le="{bound}"}} {total:.15g}'
+    yield f"{_series(family.name + '_sum', labels)} {row[-1]:.15g}"
+    yield f"{_series(family.name + '_count', labels)} {total:.15g}"

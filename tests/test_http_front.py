@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import logging
 import queue
@@ -18,14 +19,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import http_front
-from helpers import HANG
 from http_front import FrontHandler, FrontServer, HttpError, Limits
 
+HANG = 30.0  # seconds after which a test has hung; nothing is paced by it
 OPEN, CLOSED = "open", "closed"  # what becomes of the connection after the answer
 LARGE = b"x" * 500_000  # far more than the sockets of these tests buffer
 LONG_TIME = 3600.0  # seconds, beyond every limit
@@ -41,12 +43,12 @@ class Echo(FrontHandler):
 
     server: EchoServer
 
-    def check(self) -> None:
-        if self.path == "/check-fails":
+    def route(self) -> None:
+        if self.request.path == "/check-fails":
             raise ValueError("secret of the check")
-        if self.path not in ("*", *self.routes):
+        if self.request.path not in ("*", *self.routes):
             raise HttpError(404, "nothing here")
-        if self.command not in ("GET", "HEAD", "POST", "OPTIONS"):
+        if self.request.method not in ("GET", "HEAD", "POST", "OPTIONS"):
             raise HttpError(405, "not allowed", {"Allow": "GET, HEAD, POST, OPTIONS"})
 
     def translate(self, error: Exception) -> HttpError | None:
@@ -57,17 +59,22 @@ class Echo(FrontHandler):
         return super().translate(error)
 
     def do_GET(self) -> None:
-        self.server.seen.append((self.command, self.path, self.body))
-        self.routes[self.path](self)
+        self.server.seen.append((self.request.method, self.request.path, self.request.body))
+        self.routes[self.request.path](self)
 
     do_HEAD = do_POST = do_GET
 
     def do_OPTIONS(self) -> None:
-        self.answer(200, headers={"Allow": "GET, HEAD, POST, OPTIONS"})
+        self.respond(200, headers={"Allow": "GET, HEAD, POST, OPTIONS"})
 
     def echo(self, result: Any = None) -> None:
-        doc = {"method": self.command, "path": self.path, "body": self.body.decode("latin-1"), "result": result}
-        self.answer(200, json.dumps(doc).encode())
+        doc = {"method": self.request.method, "path": self.request.path, "body": self.request.body.decode("latin-1"), "result": result}
+        self.respond(200, json.dumps(doc).encode())
+
+    def defer(self, future: Future[Any], then: Callable[[Any], None]) -> None:
+        """Responds by `then(result)` once the Future is done."""
+        self.suspend()
+        future.add_done_callback(lambda done: self.server.call_soon(self.resume, lambda: then(done.result())))
 
     def later(self) -> None:
         future: Future[Any] = Future()
@@ -81,7 +88,7 @@ class Echo(FrontHandler):
         self.defer(self.server.submit(lambda: None), lambda _: self.submitted())
 
     def large(self) -> None:
-        self.answer(200, LARGE, content_type="text/plain")
+        self.respond(200, LARGE, content_type="text/plain")
 
     def large_later(self) -> None:
         self.defer(self.server.submit(lambda: None), lambda _: self.large())
@@ -110,7 +117,7 @@ class Echo(FrontHandler):
         self.defer(future, self.echo)
 
     def empty(self) -> None:
-        self.answer(202)
+        self.respond(202)
 
     def holds(self) -> None:
         """Holds up the whole loop, so that a test can prepare what happens next."""
@@ -123,7 +130,7 @@ class Echo(FrontHandler):
         self.server.gathered.append(self)
 
     def misspells(self) -> None:
-        self.answer(200, headers={"X-Price": "9 \u20ac"})
+        self.respond(200, headers={"X-Price": "9 \u20ac"})
 
     def stops(self) -> None:
         self.server.shutdown()
@@ -191,7 +198,7 @@ class EchoServer(FrontServer):
         self.groups: list[int] = []  # how many each time
         self.stack = contextlib.ExitStack()  # of clients to close
 
-    def end_turn(self) -> None:
+    def end_of_iteration(self) -> None:
         while self.gathered:
             gathered, self.gathered = self.gathered, []
             self.groups.append(len(gathered))
@@ -385,7 +392,6 @@ class Client:
 def front(limits: Limits = Limits(), kind: type[Any] = EchoServer) -> Iterator[Any]:
     """A running front; at its end everything that is left of it goes, without waiting."""
     server = kind(limits)
-    server.listen()
     server.thread = threading.Thread(target=server.serve_forever, name="front under test", daemon=True)
     server.thread.start()
     try:
@@ -743,7 +749,7 @@ def test_the_handler_sees_the_path_of_the_target(server: EchoServer, target: str
 def test_the_handler_sees_fields_in_lower_case_and_repeated_ones_joined(server: EchoServer) -> None:
     found: list[dict[str, str]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Echo, "check", lambda handler: found.append(handler.headers))
+        patch.setattr(Echo, "route", lambda handler: found.append(handler.request.headers))
         server.client().send(req("GET /echo HTTP/1.1", "X-One: \t a b \t", "x-ONE:c", "Y: \xe9")).answer()
     assert found == [{"host": "a", "x-one": "a b, c", "y": "\xe9"}]
 
@@ -751,7 +757,7 @@ def test_the_handler_sees_fields_in_lower_case_and_repeated_ones_joined(server: 
 def test_fields_of_one_request_do_not_reach_the_next(server: EchoServer) -> None:
     found: list[list[str]] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Echo, "check", lambda handler: found.append(list(handler.headers)))
+        patch.setattr(Echo, "route", lambda handler: found.append(list(handler.request.headers)))
         client = server.client().send(req("GET / HTTP/1.1", "A: 1") + req("GET / HTTP/1.1", "B: 1") + PROBE).end()
         assert client.statuses() == [200, 200, 200]
     assert found == [["host", "a"], ["host", "b"], ["host"]]
@@ -1069,7 +1075,7 @@ def test_an_error_at_the_end_of_a_turn_does_not_end_the_loop(
     server: EchoServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(EchoServer, "end_turn", lambda self: 1 / 0)
+        patch.setattr(EchoServer, "end_of_iteration", lambda self: 1 / 0)
         assert server.client().works()
     assert server.client().works()
     assert "ZeroDivisionError" in caplog.text
@@ -1448,14 +1454,21 @@ def test_a_closed_connection_makes_room_at_once_after_the_descriptors_ran_out() 
         assert waiting.answer().status == 200
 
 
-def test_running_out_of_file_descriptors_is_one_warning_a_pause(caplog: pytest.LogCaptureFixture) -> None:
+def test_running_out_of_file_descriptors_is_logged_when_it_begins_and_when_it_ends(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with front(kind=Exhausted) as server:
-        server.failures = [errno.EMFILE]
+        server.failures = [errno.EMFILE] * 3
         client = server.client().send(PROBE)
-        server.settle()
-        server.advance(LONG_TIME)
+        for _ in range(4):
+            server.wait_tried()
+            server.settle()
+            server.advance(http_front.ACCEPT_PAUSE)
         assert client.answer().status == 200
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    begin, end = [record.getMessage() for record in caplog.records]
+    assert (begin, end) == (
+        "not accepting connections for now: [Errno 24] EMFILE", "accepting connections again after 3.0 s",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("code", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
@@ -1565,7 +1578,7 @@ def test_shutdown_before_serving_ends_the_serving() -> None:
     server.shutdown()
     server.serve_forever()
     server.server_close()
-    assert server.closing
+    assert server.stopping
 
 
 def test_shutdown_lets_a_deferred_request_finish(clocked: ClockedServer) -> None:
@@ -1641,6 +1654,16 @@ def test_shutdown_ends_at_its_timeout_with_a_peer_that_does_not_read() -> None:
         assert server.gone()
 
 
+def test_shutdown_gives_a_peer_that_does_not_read_a_last_call_only(clocked: ClockedServer) -> None:
+    clocked.client(SMALL_BUFFER).send(req("GET /large HTTP/1.1"))
+    clocked.settle()
+    clocked.shutdown(LONG_TIME)
+    clocked.settle()
+    clocked.time += http_front.LAST_CALL
+    clocked.call_soon(lambda: None)
+    assert clocked.gone()
+
+
 def test_a_deferred_answer_that_comes_after_the_end_hurts_nobody(server: EchoServer) -> None:
     server.client().send(req("GET /later HTTP/1.1"))
     server.settle()
@@ -1648,7 +1671,7 @@ def test_a_deferred_answer_that_comes_after_the_end_hurts_nobody(server: EchoSer
     assert server.gone()
     server.server_close()
     server.complete()
-    assert server.answers == {}
+    assert server.responses == {}
 
 
 def test_shutdown_refuses_new_connections_while_old_ones_finish(clocked: ClockedServer) -> None:
@@ -1720,7 +1743,7 @@ def test_those_who_connected_before_the_shutdown_are_served(clocked: ClockedServ
 def test_all_who_connected_before_the_shutdown_are_served_however_many(server: EchoServer) -> None:
     server.client().send(req("GET /holds HTTP/1.1"))
     assert server.held.wait(HANG)
-    clients = [server.client().send(PROBE) for _ in range(3 * http_front.ACCEPTS_A_TURN)]
+    clients = [server.client().send(PROBE) for _ in range(3 * http_front.ACCEPTS)]
     server.shutdown()
     server.released.set()
     assert [client.statuses() for client in clients] == [[200]] * len(clients)
@@ -1732,7 +1755,7 @@ def test_a_request_that_comes_as_the_shutdown_begins_is_answered(
     client = server.client()
     assert client.works()
     late = [PROBE]  # sent in the turn of the shutdown, after everyone has been read from
-    monkeypatch.setattr(server, "end_turn", lambda: server.closing and late and client.send(late.pop()))
+    monkeypatch.setattr(server, "end_of_iteration", lambda: server.stopping and late and client.send(late.pop()))
     server.shutdown()
     assert client.statuses() == [200]
 
@@ -1768,20 +1791,72 @@ def test_a_taken_port_is_an_error_and_leaves_nothing_open(server: EchoServer) ->
     assert caught.value.errno == errno.EADDRINUSE
 
 
-def test_nobody_can_connect_before_listen() -> None:
+def test_connections_wait_in_the_backlog_until_it_serves() -> None:
     server = EchoServer(Limits())
-    with pytest.raises(ConnectionRefusedError):
-        server.client()
-    server.listen()
-    server.listen()
-    server.client()
+    client = server.client().send(PROBE)
+    assert client.silent()
+    server.shutdown()
+    server.serve_forever()
+    assert client.answer().status == 200
     server.stack.close()
     server.server_close()
 
 
+@pytest.mark.parametrize("family", ["inet", "unix"])
+def test_a_listening_socket_that_is_handed_over_is_served(tmp_path: Path, family: str) -> None:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_INET if family == "inet" else socket.AF_UNIX))
+        listener.bind(("127.0.0.1", 0) if family == "inet" else str(tmp_path / "front"))
+        listener.listen()
+        address = listener.getsockname()
+        server = FrontServer(("127.0.0.1", 1), Silent, listener=listener)
+        assert server.server_address == address
+        client = stack.enter_context(socket.socket(listener.family))
+        client.settimeout(HANG)
+        client.connect(address)
+        client.sendall(req("GET / HTTP/1.1", "Connection: close"))
+        server.shutdown()
+        server.serve_forever()
+        server.server_close()
+        assert client.recv(100).startswith(b"HTTP/1.1 204 No Content\r\n")
+
+
+def test_a_pool_that_the_system_has_no_threads_for_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, start = [0], threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        threads[0] += 1
+        if threads[0] > 3:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError):
+        FrontServer(("127.0.0.1", 0), Silent, workers=5)
+    for thread in threading.enumerate():
+        if thread.name.startswith("smsproxy-http"):
+            thread.join(HANG)
+            assert not thread.is_alive()
+
+
+class Silent(FrontHandler):
+    """Has nothing to say."""
+
+    def do_GET(self) -> None:
+        self.respond(204)
+
+
+def test_nothing_of_a_body_is_kept_once_it_has_its_response(server: EchoServer) -> None:
+    body = b"very private " * 1000
+    client = server.client().send(post(body, "/empty"))
+    assert client.answer().status == 202
+    server.settle()
+    kept = [each for each in gc.get_objects() if isinstance(each, (http_front.Parser, http_front.Request))]
+    assert kept and not any(b"private" in value for each in kept for value in vars(each).values() if type(value) is bytes)
+
+
 def test_server_close_closes_what_an_interrupted_loop_left() -> None:
     server = EchoServer(Limits())
-    server.listen()
     client = server.client().send(req("GET /interrupts HTTP/1.1"))
     with pytest.raises(KeyboardInterrupt):
         server.serve_forever()
@@ -1900,10 +1975,10 @@ def test_every_answer_has_a_date_and_a_length_and_no_banner(server: EchoServer, 
     assert re.fullmatch(r"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", fields[names.index("Date")])
 
 
-def test_answers_are_counted_by_status(server: EchoServer) -> None:
+def test_responses_are_counted_by_route_and_status(server: EchoServer) -> None:
     client = server.client().send(PROBE * 3 + req("GET /nothing HTTP/1.1") + b"garbage\r\n\r\n")
     assert client.statuses() == [200, 200, 200, 404, 400]
-    assert server.answers == {200: 3, 404: 1, 400: 1}
+    assert server.responses == {("other", 200): 3, ("other", 404): 1, ("other", 400): 1}
 
 
 def test_requests_are_logged_at_debug_only(server: EchoServer, caplog: pytest.LogCaptureFixture) -> None:
