@@ -52,6 +52,12 @@ FIRST_PASSED_DESCRIPTOR = 3  # sd_listen_fds(3)
 # Flags
 
 
+def program() -> str:
+    """What this program was started as: main.py, or the installed command."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith("smsproxy") else "main.py"
+
+
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -136,7 +142,7 @@ VARIABLES = {"SMSPROXY_API_KEYS"} | {
 def parse_args(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
     """The settings; a flag beats the environment. Exits with 2 and one line when one is wrong."""
     parser = Parser(
-        prog=Path(sys.argv[0]).name,
+        prog=program(),
         description="Takes text messages one by one and hands them to FastSMSing in batches, each one paid request.",
         epilog="Every setting can come from the environment, too: --max-delay from SMSPROXY_MAX_DELAY, and so on.",
         allow_abbrev=False,
@@ -444,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options, os.environ, signals)
     except (OSError, RuntimeError, SmsProxyError) as error:
         log.debug("cannot start", exc_info=True)
-        print(f"{Path(sys.argv[0]).name}: error: cannot start: {error}", file=sys.stderr)
+        print(f"{program()}: error: cannot start: {error}", file=sys.stderr)
         return 1
 
 

@@ -311,8 +311,8 @@ def decode(body: bytes) -> SendMessage:
     try:
         text = body.decode()
         doc, end = _decode(text, len(text) - len(text.lstrip(" \t\n\r")))  # RFC 8259, 2
-        if text[end:].strip(" \t\n\r"):
-            raise json.JSONDecodeError("Extra data", text, end)
+        if behind := text[end:].lstrip(" \t\n\r"):
+            raise json.JSONDecodeError("Extra data", text, len(text) - len(behind))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, NaN, nested too deeply
         if not body.strip():
             problem = "the body is empty; it must be a JSON object"

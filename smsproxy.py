@@ -45,6 +45,7 @@ UPDATES_WAITING = 10_000  # delivery reports the provider may be ahead of us bef
 UPDATES_AT_ONCE = 100  # mappings of reports in one transaction
 ERRORS_WAITING = 1_000  # failed updates kept for whoever reads `StatusUpdater.errors`
 LONGEST_WAIT = 3_600.0  # seconds; bounds what a provider can ask for with `retry_after`
+DRAIN_TIMEOUT = 10.0  # seconds that leaving the context manager may take
 DRAIN_BACKOFF = 1.0  # seconds; longest backoff during a drain, whose time is short
 GRACE = 1.0  # seconds that the last steps of a stop get even when its deadline has passed
 REPOSITORY_RETRY = 1.0  # seconds, longest wait before the repository is tried again
@@ -1029,7 +1030,7 @@ class _Scheduler:
 
     def _is_quiet(self) -> bool:
         rest = not self._repository.durable and (self._waiting or self._retries)
-        return not (self._under_way or self._saving or rest)
+        return self._over or not (self._under_way or self._saving or rest)
 
 
 class _Sender:
@@ -1495,7 +1496,7 @@ class SmsProxy:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stop()
+        self.stop(DRAIN_TIMEOUT)
 
     def start(self) -> None:
         """Starts to follow delivery reports and to send what is in the outbox; a second call does nothing.

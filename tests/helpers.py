@@ -12,28 +12,22 @@ from typing import Any
 from fastsmsing import Message
 from http_front import Limits
 from restapi import SmsServer
-from smsproxy import InMemoryRepository, SmsProxy
+from smsproxy import SmsProxy
 
 HANG = 30.0  # seconds after which a test has hung; nothing is paced by it
 
 
-class Grouping(InMemoryRepository):
-    """A repository double that is given messages together; `groups` has their IDs, one list a call."""
+class Clock:
+    """A clock that stands still until a test moves it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.groups: list[list[str]] = []
+    def __init__(self, now: float = 1_000.0) -> None:
+        self.now = now
 
-    def save_all(self, messages: Sequence[tuple[Message, bytes | None]]) -> list[Exception | None]:
-        self.groups.append([message.message_id for message, _ in messages])
-        return [self._save(message, fingerprint) for message, fingerprint in messages]
+    def __call__(self) -> float:
+        return self.now
 
-    def _save(self, message: Message, fingerprint: bytes | None) -> Exception | None:
-        try:
-            self.save(message.message_id, message, fingerprint)
-        except Exception as error:
-            return error
-        return None
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
 
 
 class Recorder:
@@ -119,7 +113,6 @@ class Scripted(Recorder):
 def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Iterator[SmsServer]:
     """A server for the proxy on a free port of the loopback, in a thread of its own, until the block ends."""
     server = SmsServer(("127.0.0.1", 0), proxy, limits=limits, **options)
-    server.listen()
     thread = threading.Thread(target=server.serve_forever, name="server under test", daemon=True)
     thread.start()
     try:

@@ -32,8 +32,8 @@ CALLERS = 8
 SENDERS, BATCH = 2, 20
 WINDOW = SENDERS * BATCH  # messages that one kill may cause to be sent twice
 FLAGS = (
-    "--port", "0", "--client", "recording_provider:make_client", "--senders", f"{SENDERS}", "--batch-size", "5",
-    "--max-batch-size", f"{BATCH}", "--max-delay", "0",  # so that requests are under way at every moment
+    "--port", "0", "--client", "recording_provider:make_client", "--senders", f"{SENDERS}", "--batch-size", f"{BATCH}",
+    "--max-delay", "0",  # so that requests are under way at every moment
 )  # fmt: skip
 RANK = {MessageStatus.ACCEPTED: 0, MessageStatus.CONFIRMED: 1, MessageStatus.FAILED: 2, MessageStatus.DELIVERED: 2}
 
@@ -147,7 +147,8 @@ def left(directory: Path, scratch: Path) -> set[str]:
         if (directory / f"sms.db{suffix}").exists():
             shutil.copy(directory / f"sms.db{suffix}", scratch / f"sms.db{suffix}")
     with contextlib.closing(SqliteRepository(str(scratch / "sms.db"))) as repository:
-        return {message.message_id for _, message in repository.outbox()}
+        batch = repository.claim(1_000_000, 0.0).batch
+        return set(batch.ids) if batch else set()
 
 
 def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:

@@ -26,7 +26,7 @@ from example_provider.client import HttpClient
 from example_provider.stand_in import CUT, HANG_UP, OK, RESET, STALL, Fault, StandIn, deck
 from fastsmsing import FastSmsingError, Message, RejectedError
 from helpers import HANG, Scripted, serving
-from smsproxy import FINAL_STATUSES, InMemoryRepository, MessageStatus, SendMessage, SmsProxy, SmsProxyConfig
+from smsproxy import InMemoryRepository, MessageStatus, Reason, SendMessage, SmsProxy, SmsProxyConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,13 +107,13 @@ class TestSending:
 
     def test_an_answer_that_never_comes_is_an_error_and_the_request_never_repeated(self, clients: Any) -> None:
         with StandIn([Fault(how=STALL)]) as provider:
-            with pytest.raises(FastSmsingError, match="no answer: TimeoutError"):
+            with pytest.raises(FastSmsingError, match="no answer"):
                 clients(provider.url, read_timeout=0.1).send(batch("a"))
             assert provider.closed.acquire(timeout=HANG)
             assert (provider.requests, provider.connections) == ([["a"]], 1)
 
     def test_a_refused_connection_is_an_error_to_be_retried(self, clients: Any) -> None:
-        with pytest.raises(FastSmsingError, match="ConnectionRefusedError") as caught:
+        with pytest.raises(FastSmsingError, match="no answer") as caught:
             clients(f"http://127.0.0.1:{refused_port()}").send(batch("a"))
         assert not isinstance(caught.value, RejectedError)
 
@@ -122,20 +122,20 @@ class TestSending:
             full.bind(("127.0.0.1", 0))
             full.listen(0)  # one more connection fills the backlog, so that the next waits for ever
             first.connect(full.getsockname())
-            with pytest.raises(FastSmsingError, match="TimeoutError|timeout"):
+            with pytest.raises(FastSmsingError, match="no answer"):
                 clients("http://{}:{}".format(*full.getsockname()), connect_timeout=0.1).send(batch("a"))
 
     @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
     def test_a_4xx_rejects_the_batch_for_good(self, clients: Any, status: int) -> None:
         with StandIn([Fault(status=status)]) as provider:
-            with pytest.raises(RejectedError, match=f"answered {status}"):
+            with pytest.raises(RejectedError, match=str(status)):
                 clients(provider.url).send(batch("a"))
 
     @pytest.mark.parametrize("status", [302, 408, 425, 429, 500, 502, 503, 504])
     def test_an_answer_about_the_moment_is_to_be_retried(self, clients: Any, status: int) -> None:
         with StandIn([Fault(status=status)]) as provider:
             client = clients(provider.url)
-            with pytest.raises(FastSmsingError, match=f"answered {status}") as caught:
+            with pytest.raises(FastSmsingError, match=str(status)) as caught:
                 client.send(batch("a"))
             assert not isinstance(caught.value, RejectedError)
             client.send(batch("a"))
@@ -238,7 +238,7 @@ class TestReports:
             assert inbox.get(timeout=HANG) == {"a": fastsmsing.MessageStatus.DELIVERED}
             client.stop()
         reasons = [record.getMessage().partition(": ")[2] for record in caplog.records]
-        assert reasons[::2] == ["answered 503", "answered 404"] and len(reasons) == 4
+        assert reasons[::2] == ["503", "404"] and len(reasons) == 4
 
 
 class TestStopping:
@@ -320,13 +320,14 @@ class FinalsCounted(InMemoryRepository):
         self._missing = expected
         self._counting = threading.Lock()  # guards _missing
 
-    def update(self, message_id: str, status: MessageStatus) -> None:
-        super().update(message_id, status)
-        if status in FINAL_STATUSES:
-            with self._counting:
-                self._missing -= 1
-                if not self._missing:
-                    self.all_final.set()
+    def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
+        errors = super().update_all(updates)
+        with self._counting:
+            finals = [each for each, update in updates.items() if update is not MessageStatus.CONFIRMED]
+            self._missing -= len(set(finals) - set(errors))
+            if not self._missing:
+                self.all_final.set()
+        return errors
 
 
 class Witness(HttpClient):
@@ -336,9 +337,9 @@ class Witness(HttpClient):
         super().__init__(url, "secret", **options)
         self.timed_out: list[list[str]] = []
 
-    def send(self, messages: Sequence[Message]) -> None:
+    def send(self, messages: Sequence[Message]) -> Mapping[str, str] | None:
         try:
-            super().send(messages)
+            return super().send(messages)
         except FastSmsingError as error:
             if isinstance(error.__cause__, TimeoutError):
                 self.timed_out.append([message.message_id for message in messages])
@@ -360,20 +361,25 @@ def ask(address: Sequence[Any], requests: Sequence[tuple[str, str, str | None]])
     return answers
 
 
-def test_5000_messages_reach_a_final_status_through_a_provider_that_fails_30_percent(
+def numbers_of(posts: Sequence[tuple[str, str, str]], posters: int) -> list[str]:
+    """The numbers in the order in which the IDs come: each poster has a share of the posts."""
+    return [json.loads(body)["PhoneNumber"] for start in range(posters) for _, _, body in posts[start::posters]]
+
+
+def test_2000_messages_reach_a_final_status_through_a_provider_that_fails_30_percent(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.CRITICAL, "smsproxy")  # of all the failures and of the reports that came late or twice
-    total, posters = 5_000, 4
-    numbers = ["0700" if number % 1_000 == 500 else f"48{number:09}" for number in range(total)]  # 0: rejected
+    total, posters = 2_000, 4  # one number in 500 is rejected with its batch, and one is refused by name
+    numbers = [{250: "0700", 251: "00700"}.get(number % 500, f"48{number:09}") for number in range(total)]
     posts = [("POST", "/sms", json.dumps({"PhoneNumber": number, "Content": "Hi"})) for number in numbers]
-    config = SmsProxyConfig(batch_size=20, max_delay=0.5, senders=16, max_attempts=1_000, backoff_base=0.01)
+    config = SmsProxyConfig(batch_size=20, max_delay=0.5, max_attempts=1_000, backoff_base=0.01, backoff_max=0.1)
     repository = FinalsCounted(total)
     rng = random.Random(20)
     with (
         StandIn(deck(rng), poll_faults=deck(random.Random(21)), seed=22, latency=0.02) as provider,
         SmsProxy(
-            client := Witness(provider.url, connect_timeout=HANG, read_timeout=3.0, poll_interval=0.01),
+            client := Witness(provider.url, connect_timeout=HANG, read_timeout=1.0, poll_interval=0.01),
             config,
             repository=repository,
         ) as proxy,
@@ -389,7 +395,7 @@ def test_5000_messages_reach_a_final_status_through_a_provider_that_fails_30_per
         statuses = {gets[start + posters * index][1][5:]: answer["Status"]
                     for start, share in enumerate(answers) for index, answer in enumerate(share)}  # fmt: skip
 
-    rejected = {message_id for ids in provider.rejected for message_id in ids}
+    rejected = {message_id for message_id, number in zip(ids, numbers_of(posts, posters)) if number.startswith("0")}
     words = {"delivered": "DELIVERED", "undeliverable": "FAILED"}
     assert statuses == {
         message_id: "FAILED" if message_id in rejected else words[provider.fate(message_id)] for message_id in ids

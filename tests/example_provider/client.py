@@ -3,7 +3,8 @@
 The provider it talks to wants `Authorization: Bearer <token>` and offers
 
     POST /messages  {"Messages": [{"ID": "...", "To": "48123456789", "Text": "Hi"}, ...]}
-        202 when it took all of them; one paid request
+        202 {"Refused": {"<ID>": "<reason>", ...}} when it took all but these; one paid request
+        400 when it takes none of them because of some that it does not name
     GET /reports?after=<cursor>
         200 {"Reports": [{"ID": "...", "Status": "sent"}, ...], "Next": "<cursor>"}, oldest first; reports are
         kept until a later cursor acknowledges them, so an empty one also brings what an earlier process missed
@@ -71,10 +72,18 @@ class HttpClient:
         self._stopped = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="smsproxy-reports-1", daemon=True)
 
-    def send(self, messages: Sequence[Message]) -> None:
-        """Hands over one batch; blocks for the two timeouts at most, unless the answer trickles in."""
+    def send(self, messages: Sequence[Message]) -> Mapping[str, str] | None:
+        """Hands over one batch; blocks for the two timeouts at most, unless the answer trickles in.
+
+        Returns the messages that the provider refuses, if its answer can be read: the status says that it took the
+        batch, so an answer that cannot be read is no reason to send it again.
+        """
         batch = [{"ID": each.message_id, "To": each.phone_number, "Text": each.message} for each in messages]
-        self._exchange("POST", "/messages", {"Messages": batch})  # the status tells; the body holds nothing for us
+        payload = self._exchange("POST", "/messages", {"Messages": batch})
+        with contextlib.suppress(ValueError, AttributeError):
+            refused = json.loads(payload).get("Refused")
+            return refused if isinstance(refused, dict) else None
+        return None
 
     def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
         """Starts to poll with the first subscriber; after `stop` one only gets the closing `None`."""
@@ -120,12 +129,12 @@ class HttpClient:
             finally:
                 self._release(connection, keep)
         except (OSError, http.client.HTTPException) as error:
-            raise FastSmsingError(f"no answer: {type(error).__name__}") from error
+            raise FastSmsingError("no answer") from error
         if 200 <= response.status < 300:
             return payload
         if 400 <= response.status < 500 and response.status not in TRY_AGAIN:
-            raise RejectedError(f"answered {response.status}")
-        raise FastSmsingError(f"answered {response.status}", retry_after=_seconds(response.getheader("Retry-After")))
+            raise RejectedError(response.status)
+        raise FastSmsingError(response.status, retry_after=_seconds(response.getheader("Retry-After")))
 
     def _connect(self) -> http.client.HTTPConnection:
         """A kept connection that the peer has not closed meanwhile, or a new one.

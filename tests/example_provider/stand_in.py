@@ -70,7 +70,7 @@ def deck(rng: random.Random) -> Iterator[Fault]:
 class StandIn(ThreadingHTTPServer):
     """The provider, on a free port of the loopback; a context manager.
 
-    A batch with a number that starts with 0 is rejected for good. Delivery reports come in random order,
+    A batch with a number that starts with 0 is rejected as a whole, but for those with 00, which are refused by name. Delivery reports come in random order,
     and one in ten comes twice. `latency` is the longest time in seconds that an answer takes.
     """
 
@@ -151,7 +151,7 @@ class StandIn(ThreadingHTTPServer):
             if time.monotonic() < self._not_before.pop(tuple(ids), 0.0):
                 self.too_early.append(ids)
             fault = next(self._faults)
-            if any(message["To"].startswith("0") for message in batch):
+            if any(message["To"].startswith("0") and not message["To"].startswith("00") for message in batch):
                 fault = replace(fault, processed=False)
                 if fault.status < 400:
                     fault = Fault(status=400)
@@ -161,7 +161,8 @@ class StandIn(ThreadingHTTPServer):
             if (wait := fault.headers.get("Retry-After", "")).isdecimal():  # and a little less: clocks are coarse
                 self._not_before[tuple(ids)] = time.monotonic() + 0.9 * float(wait)
             if fault.processed:
-                self._process(batch, ids, fault)
+                taken = [message for message in batch if not message["To"].startswith("00")]
+                self._process(taken, [message["ID"] for message in taken], fault)
             self._changed.notify_all()
         return fault
 
@@ -223,7 +224,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Takes a batch."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self._finish(self.server.take(body["Messages"], dict(self.headers)), {"Echo": body})
+        refused = {each["ID"]: "no such number" for each in body["Messages"] if each["To"].startswith("00")}
+        self._finish(self.server.take(body["Messages"], dict(self.headers)), {"Refused": refused, "Echo": body})
 
     def do_GET(self) -> None:
         """Hands out delivery reports."""

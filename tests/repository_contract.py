@@ -1,0 +1,274 @@
+"""What every repository has to do, whatever it keeps its things in. Subclasses say how to make one and how time passes."""
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fastsmsing import Message
+from helpers import HANG
+from smsproxy import (
+    TRANSITIONS, Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, Repository,
+    StatusTransitionError, UnknownMessageError,
+)  # fmt: skip
+
+RETENTION = 100.0  # seconds
+ACCEPTED, NOT_FOUND, CONFIRMED, FAILED, DELIVERED = MessageStatus
+ODD_IDS = ["", "x" * 10_000, "a\0b", "\ud800", "ünïcode", "'; DROP TABLE message; --", "%", "01a21087-c443-7ce3-b466-961e7f7bd65c"]
+CONTENTS = ["Hi", "a\0b", "\0", "x" * 1600, "Zażółć 🎉 gęślą", "'\"\\ %s {} \r\n\t", " "]
+ID = "01a21087-c443-7ce3-b466-{:012x}"
+
+
+def name(number: int) -> str:
+    return ID.format(number)
+
+
+def entry(number: int = 0, content: str = "Hi", fingerprint: bytes | None = None) -> Entry:
+    return Entry(Message("48123456789", content, name(number)), fingerprint)
+
+
+class RepositoryContract:
+    """Fixtures to override: `repository`, which keeps messages for `RETENTION`, and `age`, which lets seconds pass for it."""
+
+    @pytest.fixture
+    def repository(self) -> Any:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def age(self) -> Any:
+        raise NotImplementedError
+
+    def numbers(self, batch: Batch | None) -> list[int]:
+        return [] if batch is None else [int(message_id[-12:], 16) for message_id in batch.ids]
+
+    # Saving
+
+    def test_what_is_saved_is_accepted_and_in_the_outbox(self, repository: Repository) -> None:
+        assert repository.save_all([entry(1), entry(2)]) == [None, None]
+        assert [repository.get(name(number)) for number in (1, 2, 3)] == [ACCEPTED, ACCEPTED, NOT_FOUND]
+        assert repository.backlog() == 2
+
+    def test_an_id_is_stored_once_also_within_a_group(self, repository: Repository) -> None:
+        repository.save_all([entry(1, fingerprint=b"one" * 5)])
+        errors = repository.save_all([entry(2), entry(1), entry(3), entry(2)])
+        assert [type(error) for error in errors] == [type(None), DuplicateMessageError, type(None), DuplicateMessageError]
+        assert isinstance(errors[1], DuplicateMessageError) and errors[1].fingerprint == b"one" * 5
+        assert isinstance(errors[3], DuplicateMessageError) and errors[3].fingerprint is None
+        assert repository.backlog() == 3
+
+    def test_no_more_are_stored_than_may_be_pending_and_duplicates_are_told_first(self, repository: Repository) -> None:
+        repository.save_all([entry(1), entry(2)])
+        errors = repository.save_all([entry(3), entry(4), entry(1)], 3)
+        assert [type(error) for error in errors] == [type(None), OverloadedError, DuplicateMessageError]
+        errors = repository.save_all([entry(2), entry(5)], 3)
+        assert [type(error) for error in errors] == [DuplicateMessageError, OverloadedError]
+        assert repository.get(name(4)) is repository.get(name(5)) is NOT_FOUND
+
+    def test_saving_one_raises_what_is_wrong(self, repository: Repository) -> None:
+        repository.save(name(1), Message("48123", "Hi", "another"))
+        with pytest.raises(DuplicateMessageError):
+            repository.save(name(1))
+        assert repository.backlog() == 1
+
+    def test_without_a_message_there_is_nothing_to_send(self, repository: Repository) -> None:
+        repository.save(name(1))
+        assert (repository.get(name(1)), repository.backlog()) == (ACCEPTED, 0)
+
+    @pytest.mark.parametrize("content", CONTENTS)
+    def test_content_arrives_unchanged(self, repository: Repository, content: str) -> None:
+        repository.save_all([entry(1, content)])
+        batch = repository.claim(1, None).batch
+        assert batch is not None
+        assert [each.message for each in batch.entries] == [Message("48123456789", content, name(1))]
+
+    # Statuses
+
+    @pytest.mark.parametrize("message_id", ODD_IDS)
+    def test_whatever_was_never_stored_is_unknown(self, repository: Repository, message_id: str) -> None:
+        assert repository.get(message_id) is NOT_FOUND
+        assert repository.reason(message_id) is None
+        assert [type(each) for each in repository.update_all({message_id: DELIVERED}).values()] == [UnknownMessageError]
+
+    @pytest.mark.parametrize("before", [ACCEPTED, CONFIRMED, FAILED, DELIVERED])
+    @pytest.mark.parametrize("after", MessageStatus)
+    def test_a_status_changes_as_the_table_says(
+        self, repository: Repository, before: MessageStatus, after: MessageStatus
+    ) -> None:
+        repository.save(name(1))
+        if before is not ACCEPTED:
+            repository.update(name(1), before)
+        if after in TRANSITIONS[before]:
+            repository.update(name(1), after)
+            assert repository.get(name(1)) is after
+        else:
+            with pytest.raises(StatusTransitionError):
+                repository.update(name(1), after)
+            assert repository.get(name(1)) is before
+
+    @pytest.mark.parametrize("reason", Reason)
+    def test_a_message_given_up_is_failed_and_says_why(self, repository: Repository, reason: Reason) -> None:
+        repository.save_all([entry(1), entry(2)])
+        assert repository.update_all({name(1): reason, name(2): FAILED}) == {}
+        assert (repository.get(name(1)), repository.reason(name(1))) == (FAILED, reason)
+        assert (repository.get(name(2)), repository.reason(name(2))) == (FAILED, None)
+
+    def test_one_update_that_fails_costs_no_other(self, repository: Repository) -> None:
+        repository.save_all([entry(number) for number in range(3)])
+        repository.update(name(1), DELIVERED)
+        errors = repository.update_all({name(0): CONFIRMED, name(1): FAILED, "x": FAILED, name(2): Reason.EXPIRED})
+        assert {key: type(error) for key, error in errors.items()} == {name(1): StatusTransitionError, "x": UnknownMessageError}
+        assert [repository.get(name(number)) for number in range(3)] == [CONFIRMED, DELIVERED, FAILED]
+
+    def test_what_is_updated_leaves_the_outbox(self, repository: Repository) -> None:
+        repository.save_all([entry(number) for number in range(4)])
+        batch = repository.claim(2, 0.0).batch
+        repository.update_all({name(0): CONFIRMED, name(2): DELIVERED})
+        assert repository.backlog() == 2
+        assert batch is not None
+        repository.release(batch)
+        assert self.numbers(repository.claim(10, 0.0).batch) == [1, 3]
+
+    # Claiming
+
+    def test_a_full_batch_is_claimed_in_order_and_the_rest_has_to_wait(self, repository: Repository) -> None:
+        repository.save_all([entry(number) for number in range(25)])
+        assert self.numbers(repository.claim(10, 50.0).batch) == list(range(10))
+        claim = repository.claim(10, 50.0)
+        assert self.numbers(claim.batch) == list(range(10, 20))
+        claim = repository.claim(10, 50.0)
+        assert (claim.batch, claim.waiting) == (None, 5)
+        assert claim.wait == pytest.approx(50.0, abs=2.0)
+        assert repository.backlog() == 25
+
+    def test_a_batch_is_due_when_its_oldest_message_is(self, repository: Repository, age: Callable[[float], None]) -> None:
+        repository.save_all([entry(1)])
+        age(30.0)
+        repository.save_all([entry(2)])
+        claim = repository.claim(10, 50.0)
+        assert claim.batch is None and claim.wait == pytest.approx(20.0, abs=2.0)
+        assert repository.oldest() == pytest.approx(30.0, abs=2.0)
+        age(21.0)
+        assert self.numbers(repository.claim(10, 50.0).batch) == [1, 2]
+
+    def test_without_a_linger_only_a_full_batch_leaves(self, repository: Repository, age: Callable[[float], None]) -> None:
+        repository.save_all([entry(1)])
+        age(1e6)
+        claim = repository.claim(2, None)
+        assert (claim.batch, claim.waiting, claim.wait) == (None, 1, None)
+        repository.save_all([entry(2)])
+        assert self.numbers(repository.claim(2, None).batch) == [1, 2]
+
+    def test_an_empty_outbox_has_nothing_to_claim(self, repository: Repository) -> None:
+        claim = repository.claim(1, 0.0)
+        assert (claim.batch, claim.waiting, claim.wait) == (None, 0, None)
+        assert (repository.backlog(), repository.oldest()) == (0, None)
+
+    def test_a_claimed_message_knows_its_age(self, repository: Repository, age: Callable[[float], None]) -> None:
+        repository.save_all([entry(1)])
+        age(40.0)
+        repository.save_all([entry(2)])
+        batch = repository.claim(2, None).batch
+        assert batch is not None
+        older, newer = batch.entries
+        assert newer.accepted_at - older.accepted_at == pytest.approx(40.0, abs=2.0)
+
+    def test_released_messages_are_claimed_first_in_order(self, repository: Repository) -> None:
+        repository.save_all([entry(number) for number in range(9)])
+        first, second = repository.claim(3, 0.0).batch, repository.claim(3, 0.0).batch
+        assert first is not None and second is not None
+        repository.release(second)
+        repository.release(first)
+        assert self.numbers(repository.claim(5, 0.0).batch) == [0, 1, 2, 3, 4]
+        assert self.numbers(repository.claim(5, 0.0).batch) == [5, 6, 7, 8]
+
+    def test_parts_of_a_batch_are_handed_over_by_themselves(self, repository: Repository) -> None:
+        repository.save_all([entry(number) for number in range(4)])
+        batch = repository.claim(4, 0.0).batch
+        assert batch is not None and repository.holds(batch)
+        repository.handed_over(batch.only(lambda each: each.message.message_id in (name(0), name(2))))
+        assert repository.backlog() == 2
+        repository.release(batch.only(lambda each: each.message.message_id in (name(1), name(3))))
+        assert self.numbers(repository.claim(4, 0.0).batch) == [1, 3]
+        assert repository.get(name(0)) is ACCEPTED
+
+    def test_what_is_gone_can_be_handed_over_and_released_again_without_harm(self, repository: Repository) -> None:
+        repository.save_all([entry(1)])
+        batch = repository.claim(1, 0.0).batch
+        assert batch is not None
+        for _ in range(2):
+            repository.handed_over(batch)
+            repository.release(batch)
+        assert (repository.backlog(), repository.claim(1, 0.0).batch) == (0, None)
+
+    def test_many_threads_claim_every_message_once_and_only_full_batches(self, repository: Repository) -> None:
+        claimed: list[list[int]] = []
+        done = threading.Event()
+        start = threading.Barrier(8)
+
+        def save(thread: int) -> None:
+            start.wait(HANG)
+            for group in range(5):
+                first = thread * 70 + group * 14
+                assert repository.save_all([entry(first + number) for number in range(14)]) == [None] * 14
+
+        def claim() -> None:
+            start.wait(HANG)
+            while not done.is_set():
+                found = self.numbers(repository.claim(7, None).batch)
+                if found:
+                    claimed.append(found)
+                    if sum(map(len, claimed)) >= 280:
+                        done.set()
+
+        threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
+        threads += [threading.Thread(target=claim) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG)
+        done.set()
+        assert {len(batch) for batch in claimed} == {7}
+        assert sorted(number for batch in claimed for number in batch) == list(range(280))
+
+    # Forgetting
+
+    @pytest.mark.parametrize("update", [None, CONFIRMED, DELIVERED, Reason.REJECTED])
+    def test_a_message_is_forgotten_some_time_after_its_last_change(
+        self, repository: Repository, age: Callable[[float], None], update: MessageStatus | Reason | None
+    ) -> None:
+        repository.save(name(1))
+        age(0.9 * RETENTION)
+        if update:
+            repository.update_all({name(1): update})
+            age(0.9 * RETENTION)
+            repository.forget()
+        assert repository.get(name(1)) is not NOT_FOUND
+        age(0.2 * RETENTION)
+        assert repository.get(name(1)) is NOT_FOUND
+        repository.forget()
+        assert repository.get(name(1)) is NOT_FOUND
+        assert repository.save_all([entry(1)]) == [None]
+
+    def test_what_waits_in_the_outbox_is_never_forgotten(self, repository: Repository, age: Callable[[float], None]) -> None:
+        repository.save_all([entry(1), entry(2)])
+        batch = repository.claim(1, None).batch
+        age(10 * RETENTION)
+        repository.forget()
+        assert repository.get(name(1)) is repository.get(name(2)) is ACCEPTED
+        assert batch is not None
+        repository.handed_over(batch)
+        assert repository.get(name(1)) is ACCEPTED
+
+    def test_forgetting_says_when_to_come_again(self, repository: Repository, age: Callable[[float], None]) -> None:
+        wait = repository.forget()
+        assert wait is not None and 0 < wait <= RETENTION
+        repository.save(name(1))
+        age(1.1 * RETENTION)
+        for _ in range(5):
+            wait = repository.forget()
+        assert wait is not None and 0 < wait <= RETENTION
+
+    def test_a_check_of_a_repository_that_is_well_says_nothing(self, repository: Repository) -> None:
+        repository.check()
