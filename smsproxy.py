@@ -675,8 +675,9 @@ def describe(error: BaseException) -> str:
 
     Never its text: a provider's error may quote a phone number or a message, in any spelling.
     """
-    candidates: list[object] = list(getattr(error, "args", ())[:1])
+    candidates: list[object] = []
     with contextlib.suppress(Exception):  # attributes of somebody else's class may be code that fails
+        candidates += error.args[:1]
         candidates += [getattr(error, name, None) for name in ("errno", "code", "status")]
     number = next((each for each in candidates if type(each) is int and 0 < each < 1_000), None)
     described = type(error).__name__ if number is None else f"{type(error).__name__} {number}"
@@ -1338,7 +1339,8 @@ class StatusUpdater:
         self._metrics = metrics or Metrics()
         self._incident = Incident(log, "status updates cannot be stored")
         self._forgetting = Incident(log, "messages that are due cannot be forgotten")
-        self._stopping = self._ended = False
+        self._end: Mapping[str, object] = {}  # a stop puts it into `updates`; None is the end of one source of reports
+        self._ended = False
         self._over = threading.Event()  # set when a stop has waited long enough
         self._thread = threading.Thread(target=self._run, name="smsproxy-updater-1", daemon=True)
 
@@ -1350,10 +1352,9 @@ class StatusUpdater:
     def stop(self, timeout: float | None = None) -> bool:
         """Applies what is in `updates` and ends the thread; False if that took more than `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        self._stopping = True
         if self._thread.is_alive():
             with contextlib.suppress(queue.Full):  # it hangs, which the join will tell
-                self.updates.put(None, timeout=timeout)
+                self.updates.put(self._end, timeout=timeout)
             self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
             self._over.set()
             self._thread.join(GRACE)
@@ -1371,11 +1372,12 @@ class StatusUpdater:
             reports: list[Mapping[str, object] | None] = []
             try:
                 reports = self._next(wait)
+                self._ended = any(each is self._end for each in reports)
                 self._apply([each for each in reports if each is not None])
-                self._ended = self._stopping and None in reports
                 wait = None if self._ended else self._forget()
             except Exception as error:
                 log.error("the status updater goes on after a %s", _location(error))
+                wait = Incident.PAUSE
             finally:
                 for _ in reports:
                     self.updates.task_done()
@@ -1395,10 +1397,15 @@ class StatusUpdater:
         overtaken = 0
         failures: list[StatusUpdateError] = []
         for report in reports:
+            if not isinstance(report, Mapping):
+                log.error("a delivery report is not a mapping but a %s", type(report).__name__)
+                continue
             for message_id, status in report.items():
                 try:
+                    if not isinstance(message_id, str):
+                        raise UnknownMessageError("the ID is not a string")
                     update = status if isinstance(status, Reason) else map_to_internal_status(status)
-                except UnknownStatusError as error:
+                except (UnknownMessageError, UnknownStatusError) as error:
                     failures.append(StatusUpdateError(error, message_id, status))
                     continue
                 if message_id in pending:
@@ -1506,7 +1513,11 @@ class SmsProxy:
         with self._lock:
             if not self._started:
                 self._updater.start()
-                self._batching.start()
+                try:
+                    self._batching.start()
+                except RuntimeError:
+                    self._updater.stop(GRACE)
+                    raise
                 self._started = True
 
     def entry(self, message: SendMessage, idempotency_key: str | None = None) -> Entry:
