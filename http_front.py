@@ -47,6 +47,9 @@ ACCEPT_PAUSE = 1.0  # seconds without accepting after the process ran out of fil
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 LINGER = 2.0  # seconds for a refused peer to read its response before the connection is closed
 LAST_CALL = 1.0  # seconds that the shutdown leaves to half a request, and to a peer that does not read
+# Seconds that it leaves to an idle connection: a proxy may just be sending a request on it, and whoever is in use is
+# told to close with the next response.
+IDLE_CALL = 0.2
 HEADERS_KEPT = 64  # parsed header sections: clients repeat theirs, which saves a quarter of a request's instructions
 NEVER = float("inf")
 
@@ -333,17 +336,14 @@ class FrontHandler:
         server = self.server
         if self._out and not self._write_blocked:
             self._flush()
-        if server.stopping and self.idle:
-            self._receive()  # what has come meanwhile: to close on it unread would reset the peer
         if self._renews and not self._write_blocked:
             self._expire_in(server.timeouts[self.state.label])
         if self in server.active:  # there is more: once again
             return
         if self.state is LAST and not self._out:
             self._linger()
-        finished = (self._half_closed or (server.stopping and self.idle)) and not (self._out or self.state is BUSY)
-        if finished and self.state is not CLOSED:
-            self.drop("closed by the peer" if self._half_closed else "shutting down")
+        if self._half_closed and not (self._out or self.state in (BUSY, CLOSED)):
+            self.drop("closed by the peer")
         if self.state is not CLOSED:
             waits = self._write_blocked or self.state is BUSY
             reads = not (self._half_closed or (waits and len(self.parser.buffer) >= READ_AHEAD))
@@ -389,7 +389,7 @@ class FrontHandler:
 
     def _expire_in(self, seconds: float) -> None:
         if self.server.stopping and self.state is not BUSY:
-            seconds = min(seconds, LAST_CALL)
+            seconds = min(seconds, IDLE_CALL if self.idle else LAST_CALL)
         self._renews = False
         self.deadline = deadline = self.server.now + seconds
         if deadline < self.server.soonest:
@@ -467,7 +467,7 @@ class FrontHandler:
             if request is None:
                 self._wait_for_more()
                 return
-            self.state = BUSY  # every state that serves may lead there
+            self.state, self._renews = BUSY, True  # every state that serves may lead there
             self._run(self._serve)
 
     def _wait_for_more(self) -> None:

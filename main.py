@@ -384,18 +384,18 @@ def run(options: argparse.Namespace, environ: Mapping[str, str], signals: Signal
             signal.set_wakeup_fd(server.wakeup_fd, warn_on_full_buffer=False)  # whichever thread gets the signal
             undo.callback(signal.set_wakeup_fd, -1)
             log.info("%d messages wait in the outbox", repository.backlog())
+            deadline = math.inf
+
+            def stop() -> None:  # in a signal handler: it may interrupt a thread that holds a lock, so it takes none
+                nonlocal deadline
+                deadline = time.monotonic() + options.drain_timeout
+                server.shutdown(options.drain_timeout)
+                server.call_soon(proxy.drain)  # side by side with the end of HTTP, not after it
+
+            signals.stop = stop  # before anything is sent: from now on a signal has to wait for requests under way
+            signals.reload = lambda: server.call_soon(reload_keys, server, options.api_keys_file, environ)
             proxy.start()
             starting.pop_all()
-        deadline = math.inf
-
-        def stop() -> None:  # in a signal handler: it may interrupt a thread that holds a lock, so it takes none
-            nonlocal deadline
-            deadline = time.monotonic() + options.drain_timeout
-            server.shutdown(options.drain_timeout)
-            server.call_soon(proxy.drain)  # side by side with the end of HTTP, not after it
-
-        signals.stop = stop
-        signals.reload = lambda: server.call_soon(reload_keys, server, options.api_keys_file, environ)
         log.info("listening on %s", " port ".join(map(str, server.server_address[:2])))
         notify(environ, "READY=1")
         server.serve_forever()

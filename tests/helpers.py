@@ -109,6 +109,32 @@ class Scripted(Recorder):
         super().send(messages)
 
 
+def returned_by(call: Callable[[], Any]) -> Any:
+    """What the call returns; fails if it hangs."""
+    answers: queue.Queue[Any] = queue.Queue()
+    threading.Thread(target=lambda: answers.put(call()), daemon=True).start()
+    try:
+        return answers.get(timeout=HANG)
+    except queue.Empty:
+        raise AssertionError("it hangs") from None
+
+
+def together(threads: int, call: Callable[[int], object]) -> None:
+    """Calls with 0, 1 and so on, in so many threads at once."""
+    start = threading.Barrier(threads)
+
+    def run(number: int) -> None:
+        start.wait(HANG)
+        call(number)
+
+    started = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join(HANG)
+        assert not thread.is_alive(), "a thread hangs"
+
+
 @contextlib.contextmanager
 def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Iterator[SmsServer]:
     """A server for the proxy on a free port of the loopback, in a thread of its own, until the block ends."""

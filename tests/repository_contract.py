@@ -64,6 +64,8 @@ class RepositoryContract:
         assert [type(error) for error in errors] == [type(None), OverloadedError, DuplicateMessageError]
         errors = repository.save_all([entry(2), entry(5)], 3)
         assert [type(error) for error in errors] == [DuplicateMessageError, OverloadedError]
+        errors = repository.save_all([entry(6), entry(6), entry(7)], 4)
+        assert [type(error) for error in errors] == [type(None), DuplicateMessageError, OverloadedError]
         assert repository.get(name(4)) is repository.get(name(5)) is NOT_FOUND
 
     def test_saving_one_raises_what_is_wrong(self, repository: Repository) -> None:
@@ -90,6 +92,8 @@ class RepositoryContract:
         assert repository.get(message_id) is NOT_FOUND
         assert repository.reason(message_id) is None
         assert [type(each) for each in repository.update_all({message_id: DELIVERED}).values()] == [UnknownMessageError]
+        with pytest.raises(UnknownMessageError):
+            repository.update(message_id, CONFIRMED)
 
     @pytest.mark.parametrize("before", [ACCEPTED, CONFIRMED, FAILED, DELIVERED])
     @pytest.mark.parametrize("after", MessageStatus)
@@ -171,6 +175,7 @@ class RepositoryContract:
         repository.save_all([entry(2)])
         batch = repository.claim(2, None).batch
         assert batch is not None
+        assert repository.oldest() == pytest.approx(40.0, abs=2.0)  # claimed ones count
         older, newer = batch.entries
         assert newer.accepted_at - older.accepted_at == pytest.approx(40.0, abs=2.0)
 
@@ -210,8 +215,8 @@ class RepositoryContract:
         def save(thread: int) -> None:
             start.wait(HANG)
             for group in range(5):
-                first = thread * 70 + group * 14
-                assert repository.save_all([entry(first + number) for number in range(14)]) == [None] * 14
+                first = thread * 350 + group * 70
+                assert repository.save_all([entry(first + number) for number in range(70)]) == [None] * 70
 
         def claim() -> None:
             start.wait(HANG)
@@ -219,7 +224,7 @@ class RepositoryContract:
                 found = self.numbers(repository.claim(7, None).batch)
                 if found:
                     claimed.append(found)
-                    if sum(map(len, claimed)) >= 280:
+                    if sum(map(len, claimed)) >= 1_400:
                         done.set()
 
         threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
@@ -230,7 +235,7 @@ class RepositoryContract:
             thread.join(HANG)
         done.set()
         assert {len(batch) for batch in claimed} == {7}
-        assert sorted(number for batch in claimed for number in batch) == list(range(280))
+        assert sorted(number for batch in claimed for number in batch) == list(range(1_400))
 
     # Forgetting
 
@@ -248,8 +253,22 @@ class RepositoryContract:
         age(0.2 * RETENTION)
         assert repository.get(name(1)) is NOT_FOUND
         repository.forget()
-        assert repository.get(name(1)) is NOT_FOUND
+        assert (repository.get(name(1)), repository.reason(name(1))) == (NOT_FOUND, None)
         assert repository.save_all([entry(1)]) == [None]
+
+    def test_an_id_that_was_forgotten_starts_anew(self, repository: Repository, age: Callable[[float], None]) -> None:
+        repository.save_all([entry(1, "old", fingerprint=b"old" * 5)])
+        repository.update_all({name(1): Reason.EXPIRED})
+        age(1.1 * RETENTION)
+        assert repository.save_all([entry(1, "new")]) == [None]
+        assert (repository.get(name(1)), repository.reason(name(1))) == (ACCEPTED, None)
+        [error] = repository.save_all([entry(1)])
+        assert isinstance(error, DuplicateMessageError) and error.fingerprint is None
+        batch = repository.claim(1, None).batch
+        assert batch is not None and [each.message.message for each in batch.entries] == ["new"]
+        age(1.1 * RETENTION)
+        repository.forget()
+        assert repository.get(name(1)) is ACCEPTED
 
     def test_what_waits_in_the_outbox_is_never_forgotten(self, repository: Repository, age: Callable[[float], None]) -> None:
         repository.save_all([entry(1), entry(2)])

@@ -125,6 +125,18 @@ class TestSending:
             with pytest.raises(FastSmsingError, match="no answer"):
                 clients("http://{}:{}".format(*full.getsockname()), connect_timeout=0.1).send(batch("a"))
 
+    def test_messages_refused_by_name_come_back_with_their_reasons_and_the_others_are_taken(self, clients: Any) -> None:
+        with StandIn() as provider:
+            refused = clients(provider.url).send([*batch("a"), Message("0048", "Hi", "b"), *batch("c")])
+            assert (refused, provider.messages.keys()) == ({"b": "no such number"}, {"a", "c"})
+            assert not clients(provider.url).send(batch("d"))
+
+    def test_a_number_that_is_not_named_rejects_the_whole_batch(self, clients: Any) -> None:
+        with StandIn() as provider:
+            with pytest.raises(RejectedError, match="400"):
+                clients(provider.url).send([*batch("a"), Message("048", "Hi", "b")])
+            assert (provider.rejected, provider.messages) == ([["a", "b"]], {})
+
     @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
     def test_a_4xx_rejects_the_batch_for_good(self, clients: Any, status: int) -> None:
         with StandIn([Fault(status=status)]) as provider:

@@ -6,7 +6,6 @@ the file holds is read by other connections, from copies, as a crash would leave
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import re
@@ -577,7 +576,9 @@ def spoil(path: Path, page_type: int, found: bytes) -> bytes:
     return page
 
 
-def test_a_damaged_page_costs_only_what_is_on_it_and_a_check_tells(path: Path) -> None:
+def test_a_damaged_page_costs_only_what_is_on_it_and_is_told_once_and_by_a_check(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     names = [f"{number:04}" for number in range(1_000)]
     with opened(path) as repository:
         repository.save_all(entries(*names, text="x"))
@@ -595,6 +596,7 @@ def test_a_damaged_page_costs_only_what_is_on_it_and_a_check_tells(path: Path) -
         with pytest.raises(RepositoryUnavailableError, match="damaged"):
             repository.check()
         assert repository.save_all(entries("new")) == [None]
+    assert ["is damaged" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_row_that_makes_no_sense_costs_only_itself(path: Path, repository: SqliteRepository) -> None:

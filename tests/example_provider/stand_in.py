@@ -70,8 +70,9 @@ def deck(rng: random.Random) -> Iterator[Fault]:
 class StandIn(ThreadingHTTPServer):
     """The provider, on a free port of the loopback; a context manager.
 
-    A batch with a number that starts with 0 is rejected as a whole, but for those with 00, which are refused by name. Delivery reports come in random order,
-    and one in ten comes twice. `latency` is the longest time in seconds that an answer takes.
+    A message whose number starts with 00 is refused by name; any other number that starts with 0 makes it reject the
+    whole batch. Delivery reports come in random order, and one in ten comes twice. `latency` is the longest time in
+    seconds that an answer takes.
     """
 
     request_queue_size = 128

@@ -1,0 +1,424 @@
+"""What `deploy/` holds and the packaging, each checked by its own tool; skipped where the tool is missing."""
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+import restarts
+from http_front import Limits
+from restarts import HANG, ROOT, Service
+
+DEPLOY = ROOT / "deploy"
+PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+MAIN = (sys.executable, str(ROOT / "main.py"))
+MESSAGE = json.dumps({"PhoneNumber": "48123456789", "Content": "Hi"})
+CLIENT = "from fastsmsing import InMemoryClient\n\n\ndef factory():\n    print('made here', flush=True)\n    return InMemoryClient()\n"
+
+
+def tool(name: str) -> str:
+    """The program's path; skips the test where there is none."""
+    found = shutil.which(name, path=PATH)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, its output taken as text."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SMSPROXY_")}
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**inherited, **environ}, capture_output=True, text=True, timeout=10 * HANG
+    )
+
+
+def fetch(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] = {}) -> tuple[int, bytes]:
+    """One request on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG)
+    with contextlib.closing(connection):
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+@pytest.fixture(scope="module")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The single file."""
+    file = tmp_path_factory.mktemp("pyz") / "smsproxy.pyz"
+    made = run(sys.executable, DEPLOY / "make_pyz.py", file)
+    assert (made.returncode, made.stderr) == (0, "")
+    return file
+
+
+@pytest.fixture(scope="module")
+def service(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The single file, serving."""
+    with restarts.serving(tmp_path_factory.mktemp("service"), command=(sys.executable, str(pyz))) as service:
+        yield service
+        assert service.stop() == 0
+
+
+# The single file
+
+
+def test_the_single_file_holds_what_the_package_does() -> None:
+    packaging = (ROOT / "pyproject.toml").read_text()
+    modules = re.search(r"^py-modules = (\[.*?\])", packaging, re.M | re.S)
+    data = re.search(r'^"share/smsproxy" = (\[.*?\])', packaging, re.M)
+    assert modules and data
+    packaged = {f"{name}.py" for name in json.loads(modules[1])} | set(json.loads(data[1]))
+    assert set(_make_pyz("FILES")) - {"LICENSE"} == packaged
+    assert all((ROOT / name).is_file() for name in packaged)
+    packages = re.search(r"^packages = (\[.*?\])", packaging, re.M)
+    assert set(_make_pyz("PACKAGES")) == set(json.loads(packages[1]) if packages else ())
+
+
+def _make_pyz(name: str) -> tuple[str, ...]:
+    found: tuple[str, ...] = runpy.run_path(str(DEPLOY / "make_pyz.py"))[name]
+    return found
+
+
+@pytest.mark.parametrize(("path", "file"), [("/openapi.json", "openapi.json"), ("/", "page.html")])
+def test_the_single_file_serves_what_lies_in_it(service: Service, path: str, file: str) -> None:
+    assert fetch(service.port, "GET", path) == (200, (ROOT / file).read_bytes())
+
+
+def test_the_single_file_accepts_a_message_and_tells_its_status(service: Service) -> None:
+    status, body = fetch(service.port, "POST", "/sms", MESSAGE)
+    assert status == 202
+    status, body = fetch(service.port, "GET", f"/sms/{json.loads(body)['ID']}")
+    assert (status, json.loads(body)) == (200, {"Status": "ACCEPTED"})
+
+
+def test_the_single_file_finds_a_client_in_the_working_directory(pyz: Path, tmp_path: Path) -> None:
+    (tmp_path / "shop_client.py").write_text(CLIENT)
+    checked = run(sys.executable, pyz, "--client", "shop_client:factory", "--check", cwd=tmp_path)
+    assert (checked.returncode, checked.stdout.splitlines()[0]) == (0, "made here")
+
+
+def test_the_single_file_keeps_the_exit_code_and_names_itself(pyz: Path) -> None:
+    refused = run(sys.executable, pyz, "--port", "x")
+    assert (refused.returncode, refused.stderr) == (
+        2, "smsproxy.pyz: error: argument --port: 'x' is not a whole number, 0 to 65535\n",
+    )  # fmt: skip
+
+
+def test_the_single_file_is_a_command_of_its_own(pyz: Path) -> None:
+    assert os.access(pyz, os.X_OK)
+    assert pyz.read_bytes().startswith(b"#!/usr/bin/env python3\n")
+
+
+# Installed
+
+LAYOUTS = {  # where the modules are, relative to the `share` directory's parent
+    "a venv, --user or --prefix": "lib/python3.x/site-packages",
+    "a distribution's Python": "lib/python3/dist-packages",
+    "Windows": "Lib/site-packages",
+    "--target": ".",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_files_are_found_wherever_an_installation_puts_them(layout: str, tmp_path: Path) -> None:
+    modules, share = tmp_path / "prefix" / LAYOUTS[layout], tmp_path / "prefix" / "share" / "smsproxy"
+    for directory, names in ((modules, ROOT.glob("*.py")), (share, (ROOT / "openapi.json", ROOT / "page.html"))):
+        directory.mkdir(parents=True)
+        for name in names:
+            shutil.copy(name, directory)
+    program = "import restapi, sys; sys.stdout.buffer.write(restapi.data_file('openapi.json') + restapi.data_file('page.html'))"
+    found = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(modules), PYTHONIOENCODING="utf-8")
+    assert (found.stderr, found.stdout) == ("", (ROOT / "openapi.json").read_text() + (ROOT / "page.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, built from a copy without the network."""
+    setuptools = pytest.importorskip("setuptools", "77")
+    assert setuptools
+    directory = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns(".*", "tests", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, directory / "source", ignore=ignored)
+    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", directory, directory / "source")
+    assert built.returncode == 0, built.stderr
+    return next(directory.glob("smsproxy-*.whl"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["venv", "target", "prefix", "user"])
+def test_the_installed_command_serves(kind: str, wheel: Path, tmp_path: Path) -> None:
+    if kind == "user" and sys.prefix != sys.base_prefix:
+        pytest.skip("pip refuses --user in a venv")
+    there, python, options = tmp_path / "there", sys.executable, ["--disable-pip-version-check", "--no-deps"]
+    if kind == "venv":
+        assert run(python, "-m", "venv", there).returncode == 0
+        python = str(there / "bin" / "python")
+    else:
+        options += ["--user"] if kind == "user" else [f"--{kind}", str(there)]
+    installed = run(python, "-m", "pip", "install", *options, wheel, PYTHONUSERBASE=str(there))
+    assert installed.returncode == 0, installed.stderr
+    modules = next(there.rglob("restapi.py")).parent
+    # `env` passes what a shell would: where a Python looks that does not know the place by itself.
+    command = ("/usr/bin/env", f"PYTHONPATH={modules}:{ROOT / 'tests'}", str(there / "bin" / "smsproxy"))
+    with restarts.serving(tmp_path, command=command) as service:
+        assert fetch(service.port, "GET", "/openapi.json") == (200, (ROOT / "openapi.json").read_bytes())
+        assert fetch(service.port, "GET", "/") == (200, (ROOT / "page.html").read_bytes())
+        assert fetch(service.port, "POST", "/sms", MESSAGE)[0] == 202
+        assert service.stop() == 0
+
+
+# The socket that outlives the process
+
+
+@pytest.mark.parametrize(("direct", "db"), [(True, False), (False, False), (False, True)], ids=["direct", "nginx", "nginx-db"])
+def test_two_restarts_under_load_fail_no_request_and_lose_no_message(direct: bool, db: bool) -> None:
+    if not direct:
+        tool("nginx")
+    report = restarts.measure(600, math.inf, db=db, direct=direct)
+    assert (report.failures, report.lost, report.doubled, report.codes) == ([], 0, 0, [0, 0, 0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("db", [False, True], ids=["memory", "db"])
+def test_restarts_at_a_steady_rate_fail_no_request(db: bool) -> None:
+    tool("nginx")
+    report = restarts.measure(3_000, 200.0, db=db)
+    assert (report.failures, report.lost, report.doubled, report.codes) == ([], 0, 0, [0, 0, 0])
+
+
+def test_systemd_hands_the_socket_over(tmp_path: Path) -> None:
+    program = tool("systemd-socket-activate")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([program, "-l", f"127.0.0.1:{port}", *MAIN, "--port", "1"], stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        assert "Listening on" in process.stderr.readline()
+        assert fetch(port, "POST", "/sms", MESSAGE)[0] == 202
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=HANG)
+        assert f"listening on 127.0.0.1 port {port}" in log
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_reload_is_told_to_systemd_and_takes_the_new_keys(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("shop old-key\n")
+    with restarts.serving(tmp_path, "--api-keys-file", str(keys), command=MAIN) as service:
+        keys.write_text("shop new-key\n")
+        assert service.process is not None
+        service.process.send_signal(signal.SIGHUP)
+        service.wait_for("RELOADING=1")
+        service.wait_for("READY=1")
+        answers = [
+            fetch(service.port, "POST", "/sms", MESSAGE, {"Authorization": f"Bearer {key}"})[0] for key in ("old-key", "new-key")
+        ]
+    assert answers == [401, 202]
+
+
+# The units
+
+
+def settings(name: str) -> dict[str, str]:
+    """The settings of a unit; of those given several times the last."""
+    lines = (DEPLOY / name).read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    program = tool("systemd-analyze")
+    unit = (DEPLOY / "smsproxy.service").read_text()
+    assert unit.count("ExecStart=/opt/smsproxy/bin/smsproxy\n") == 1  # it must be there for the tool
+    (tmp_path / "smsproxy.service").write_text(unit.replace("/opt/smsproxy/bin/smsproxy", sys.executable))
+    shutil.copy(DEPLOY / "smsproxy.socket", tmp_path)
+    verified = run(program, "verify", "--man=no", tmp_path / "smsproxy.service", tmp_path / "smsproxy.socket")
+    assert (verified.returncode, verified.stderr) == (0, "")
+
+
+def test_the_unit_fits_the_defaults_of_the_service() -> None:
+    unit = settings("smsproxy.service")
+    defaults = {name: default for flags in main.FLAGS.values() for name, _, default, _ in flags}
+    assert (unit["Type"], unit["ExecReload"]) == ("notify", "/bin/kill -HUP $MAINPID")
+    assert int(unit["TimeoutStopSec"]) > float(defaults["drain-timeout"] or 0) + 5
+    assert int(unit["LimitNOFILE"]) > int(defaults["max-connections"] or 0) + main.OWN_DESCRIPTORS
+    assert settings("smsproxy.socket")["ListenStream"] == f"{defaults['host']}:{defaults['port']}"
+
+
+def test_the_unit_and_the_image_use_settings_that_exist() -> None:
+    text = (DEPLOY / "smsproxy.service").read_text() + (DEPLOY / "Dockerfile").read_text()
+    assert set(re.findall(r"\bSMSPROXY_[A-Z_]+\b", text)) <= main.VARIABLES
+
+
+# nginx
+
+
+@pytest.fixture(scope="module")
+def front(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an nginx before the service."""
+    tool("nginx")
+    with restarts.nginx(tmp_path_factory.mktemp("nginx"), service.port) as port:
+        yield port
+
+
+def test_nginx_accepts_its_file(tmp_path: Path) -> None:
+    checked = run(tool("nginx"), "-t", "-e", tmp_path / "log", "-c", restarts.nginx_files(tmp_path, 8080, 8081))
+    assert (checked.returncode, checked.stderr.splitlines()[-1].split()[-2:]) == (0, ["is", "successful"])
+
+
+def test_nginx_keeps_one_connection_for_many_requests(front: int, service: Service) -> None:
+    assert {fetch(front, "POST", "/sms", MESSAGE)[0] for _ in range(20)} == {202}
+    _, metrics = fetch(service.port, "GET", "/metrics")
+    assert b"\nsmsproxy_http_connections 2\n" in metrics  # nginx's and that of this request
+
+
+def test_nginx_gives_a_chunked_body_a_length(front: int) -> None:
+    assert fetch(front, "POST", "/sms", iter([MESSAGE.encode()]))[0] == 202  # an iterator is sent in chunks
+
+
+def test_nginx_keeps_the_metrics_from_the_public(front: int) -> None:
+    assert fetch(front, "GET", "/metrics")[0] == 403
+
+
+def test_nginx_drops_an_idle_connection_before_the_service_does() -> None:
+    seconds = re.search(r"keepalive_timeout (\d+)s;", (DEPLOY / "nginx.conf").read_text())
+    assert seconds and int(seconds[1]) < Limits().idle_timeout
+
+
+def test_nginx_does_not_repeat_a_post_that_it_has_sent(tmp_path: Path) -> None:
+    """The service dies with the request in hand: it may have accepted the message."""
+    tool("nginx")
+    received: list[bytes] = []
+
+    def die(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the listener is closed
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    received.append(connection.recv(65536))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=die, args=(listener,), daemon=True)
+        thread.start()
+        with restarts.nginx(tmp_path, listener.getsockname()[1]) as port:
+            status, _ = fetch(port, "POST", "/sms", MESSAGE)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(HANG)
+    assert (status, len(received)) == (502, 1)
+
+
+# The image
+
+
+def dockerfile(instruction: str) -> list[str]:
+    """What an instruction of the Dockerfile has after it, once for each time it is there."""
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", " ")
+    return [line.split(None, 1)[1] for line in text.splitlines() if line.startswith(instruction + " ")]
+
+
+def test_the_image_has_what_the_service_needs_and_knows_whether_it_is_healthy(tmp_path: Path) -> None:
+    for *sources, target in (line.split() for line in dockerfile("COPY")):
+        there = tmp_path / "image" / target.lstrip("/")
+        there.mkdir(parents=True)
+        for source in (source for name in sources for source in ROOT.glob(name)):
+            shutil.copy(source, there)
+    entry = json.loads(dockerfile("ENTRYPOINT")[0])
+    probe = json.loads(dockerfile("HEALTHCHECK")[0].partition("CMD ")[2])
+    assert (entry[0], probe[0]) == ("python", "python")
+    command = (sys.executable, str(tmp_path / "image" / entry[1].lstrip("/")))
+    with restarts.serving(tmp_path, command=command) as service:
+        environ = {"SMSPROXY_PORT": str(service.port)}
+        assert fetch(service.port, "GET", "/openapi.json")[0] == 200
+        healthy = run(sys.executable, *probe[1:], cwd=tmp_path, **environ)
+        service.stop()
+        service.close()
+        gone = run(sys.executable, *probe[1:], cwd=tmp_path, **environ)
+    assert (healthy.returncode, gone.returncode) == (0, 1)
+
+
+def test_the_image_does_not_run_as_root_and_keeps_its_data_in_a_volume() -> None:
+    (database,) = re.findall(r"SMSPROXY_DB=(\S+)", dockerfile("ENV")[0])
+    assert int(dockerfile("USER")[-1]) > 0
+    assert Path(database).parent == Path(dockerfile("VOLUME")[0])
+
+
+# Alerts and the dashboard
+
+
+def expressions() -> list[str]:
+    """All PromQL of the dashboard, Grafana's variables replaced."""
+    panels = json.loads((DEPLOY / "grafana.json").read_text())["panels"]
+    found = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    return [re.sub(r"\$(__rate_interval|__range)", "5m", expression).replace("$job", "smsproxy") for expression in found]
+
+
+def test_promtool_accepts_the_alerts_and_their_tests() -> None:
+    program = tool("promtool")
+    checked = run(program, "check", "rules", DEPLOY / "alerts.yaml")
+    assert (checked.returncode, "SUCCESS" in checked.stdout) == (0, True), checked.stderr
+    tested = run(program, "test", "rules", DEPLOY / "alerts_test.yaml")
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
+def test_every_alert_has_a_test() -> None:
+    alerts = re.findall(r"- alert: (\w+)", (DEPLOY / "alerts.yaml").read_text())
+    tests = (DEPLOY / "alerts_test.yaml").read_text()
+    fire = set(re.findall(r"alertname: (\w+)\n\s+exp_alerts:", tests))
+    assert len(alerts) == 6
+    assert fire == set(alerts)
+
+
+def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    rules = [{"record": f"query:{number}", "expr": expression} for number, expression in enumerate(expressions())]
+    (tmp_path / "rules.yaml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # JSON is YAML
+    checked = run(tool("promtool"), "check", "rules", tmp_path / "rules.yaml")
+    assert (checked.returncode, f"{len(rules)} rules found" in checked.stdout) == (0, True), checked.stderr
+
+
+def test_promtool_accepts_the_metrics(service: Service) -> None:
+    _, metrics = fetch(service.port, "GET", "/metrics")
+    checked = subprocess.run([tool("promtool"), "check", "metrics"], input=metrics, capture_output=True, timeout=HANG)
+    assert (checked.returncode, checked.stderr.decode()) == (0, "")
+
+
+def test_the_dashboard_is_whole() -> None:
+    doc = json.loads((DEPLOY / "grafana.json").read_text())
+    panels = doc["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert {variable["name"] for variable in doc["templating"]["list"]} == {"datasource", "job"}
+    assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
+    assert all(panel["targets"] for panel in panels if panel["type"] != "row")
+
+
+def _watched() -> Sequence[str]:
+    rules = (DEPLOY / "alerts.yaml").read_text(), (DEPLOY / "alerts_test.yaml").read_text()
+    return [*rules, *expressions(), json.dumps(json.loads((DEPLOY / "grafana.json").read_text())["templating"])]
+
+
+def test_what_is_watched_exists_from_the_start(service: Service) -> None:
+    metrics = fetch(service.port, "GET", "/metrics")[1].decode()
+    names = set(re.findall(r"^([a-z_]+)", metrics, re.M))
+    text = "\n".join(_watched())
+    used = set(re.findall(r"\b(?:smsproxy|process)_[a-z_]+\b", text))
+    assert len(used) > 15
+    assert used - names == set()
+    labels = re.findall(r"\b(smsproxy_[a-z_]+)\{[^}]*\b(reason|status|result)=\"(\w+)\"", text)
+    missing = [label for label in labels if not re.search(rf'^{label[0]}\{{[^}}]*\b{label[1]}="{label[2]}"', metrics, re.M)]
+    assert (len(labels) > 4, missing) == (True, [])
