@@ -433,6 +433,8 @@ class InMemoryRepository(Repository):
                     self._records[message_id], self._waiting[message_id] = _IN_OUTBOX, entry
                     if entry.fingerprint is not None:
                         self._fingerprints[message_id] = entry.fingerprint
+                    elif record is not None:  # it is due and not forgotten yet
+                        self._fingerprints.pop(message_id, None)
                     errors.append(None)
             return errors
 
@@ -443,7 +445,8 @@ class InMemoryRepository(Repository):
 
     def reason(self, message_id: str) -> Reason | None:
         """See `Repository`."""
-        return self._records.get(message_id, _IN_OUTBOX)[1]
+        record = self._records.get(message_id, _IN_OUTBOX)
+        return record[1] if record[2] > self._clock() else None
 
     def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
         """See `Repository`."""
@@ -1128,6 +1131,8 @@ class _Sender:
         """Halves the batch; whoever is to blame ends up alone, after about 2 * log2(n) requests."""
         self._report(job)
         entries, half = job.batch.entries, len(job.batch) // 2
+        if not half and not self._repository.holds(job.batch):  # others send it
+            return ()
         if not half:
             self._metrics.add("smsproxy_batches_total", "given_up")
             self._give_up(job.batch.ids, Reason.REJECTED, describe(error))
@@ -1137,7 +1142,9 @@ class _Sender:
         return [_Job(replace(job.batch, entries=part)) for part in (entries[:half], entries[half:])]
 
     def _failed(self, job: _Job, error: BaseException) -> Sequence[_Job]:
-        asked = getattr(error, "retry_after", 0.0)
+        asked: object = None
+        with contextlib.suppress(Exception):  # an attribute of somebody else's class may be code that fails
+            asked = getattr(error, "retry_after", None)
         retry_after = min(LONGEST_WAIT, asked) if isinstance(asked, (int, float)) and asked > 0 else 0.0
         opened = self._scheduler.failed(job, retry_after)
         log.log(logging.WARNING if opened else logging.DEBUG, "%s at attempt %d of %s with %d messages%s",
@@ -1145,6 +1152,8 @@ class _Sender:
                 "; circuit breaker open" if opened else "")  # fmt: skip
         if self._config.max_attempts is None or job.attempt < self._config.max_attempts:
             return [job]
+        if not self._repository.holds(job.batch):  # others send it
+            return ()
         self._metrics.add("smsproxy_batches_total", "given_up")
         self._give_up(job.batch.ids, Reason.ATTEMPTS, describe(error))
         self._report(job)

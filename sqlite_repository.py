@@ -382,7 +382,8 @@ class SqliteRepository(Repository):
     def reason(self, message_id: str) -> Reason | None:
         """See `Repository`."""
         with self._reader() as db:
-            row = db.execute(STATUS, (message_id, -math.inf)).fetchone() if _storable(message_id) else None
+            limit = self._tables.limit()
+            row = db.execute(STATUS, (message_id, limit)).fetchone() if _storable(message_id) else None
         return Reason(row[1]) if row and row[1] else None
 
     def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
@@ -422,8 +423,8 @@ class SqliteRepository(Repository):
     def handed_over(self, batch: Batch) -> None:
         """See `Repository`."""
         for error in self._change(self._tables.hand_over, [each for each in batch.ids if _storable(each)]):
-            if error is not None:
-                raise error
+            if error is not None:  # one message's own: trying again would not help
+                raise SmsProxyError(str(error)) from error
         self._forget_claims(batch.ids)
 
     def backlog(self) -> int:
@@ -473,6 +474,10 @@ class SqliteRepository(Repository):
             db = db or _connect(self._path)
             try:
                 yield db
+            except sqlite3.DatabaseError as error:
+                if type(error) is sqlite3.DatabaseError:
+                    self._damage = str(error)
+                raise
             finally:
                 with self._lock:
                     if self._closed:

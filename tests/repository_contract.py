@@ -207,6 +207,18 @@ class RepositoryContract:
             repository.release(batch)
         assert (repository.backlog(), repository.claim(1, 0.0).batch) == (0, None)
 
+    @pytest.mark.parametrize("update", [CONFIRMED, DELIVERED, Reason.ATTEMPTS])
+    def test_a_report_that_overtakes_the_hand_over_keeps_its_effect(
+        self, repository: Repository, update: MessageStatus | Reason
+    ) -> None:
+        repository.save_all([entry(1), entry(2)])
+        batch = repository.claim(2, None).batch
+        assert batch is not None
+        repository.update_all({name(1): update})
+        repository.handed_over(batch)
+        assert repository.get(name(1)) is (update if isinstance(update, MessageStatus) else FAILED)
+        assert (repository.get(name(2)), repository.backlog()) == (ACCEPTED, 0)
+
     def test_many_threads_claim_every_message_once_and_only_full_batches(self, repository: Repository) -> None:
         claimed: list[list[int]] = []
         done = threading.Event()

@@ -16,7 +16,7 @@ import pytest
 import fastsmsing
 import smsproxy
 from fastsmsing import FastSmsingError, InMemoryClient, Message, RejectedError
-from helpers import HANG, Clock, Gate, Recorder, returned_by, together
+from helpers import HANG, Clock, Gate, Recorder, Scripted, returned_by, together
 from smsproxy import (
     FAMILIES, FINAL_STATUSES, TRANSITIONS, Batch, ClientResult, ClientStatistics, ClosedError, DuplicateMessageError, Entry,
     IdempotencyError, Incident, InMemoryRepository, MessageStatus, Metrics, OverloadedError, Reason,
@@ -201,7 +201,7 @@ class Mute(Exception):
         raise RuntimeError(NUMBER)
 
     __repr__ = __str__
-    errno = property(__str__)
+    errno = retry_after = property(__str__)
 
 
 class Argless(Exception):
@@ -221,6 +221,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (ValueError(int(NUMBER)), "ValueError"),
         (ValueError(503, NUMBER), "ValueError 503"),
         (ValueError(True), "ValueError"),
+        (ValueError(NUMBER, 112), "ValueError"),
         (OSError(28, NUMBER, NUMBER), "OSError 28"),
         (Odd(NUMBER, errno=7), "Odd 7"),
         (Odd(NUMBER, code=502), "Odd 502"),
@@ -320,6 +321,13 @@ def test_a_message_given_up_says_why() -> None:
     with SmsProxy(InMemoryClient(failure_rate=1), SmsProxyConfig(batch_size=1, max_attempts=1)) as proxy:
         message_id = proxy.send(HELLO).id
     assert (proxy.get_status(message_id), proxy.get_reason(message_id)) == (FAILED, Reason.ATTEMPTS)
+
+
+def test_an_error_that_fails_itself_costs_no_message() -> None:
+    provider = Scripted(Mute(), Argless())
+    with SmsProxy(provider, SmsProxyConfig(batch_size=1, backoff_base=0)) as proxy:
+        message_id = proxy.send(HELLO).id
+    assert provider.ids == [message_id]
 
 
 def test_each_of_a_group_is_accepted_or_refused_by_itself_in_order() -> None:
@@ -499,9 +507,9 @@ def test_an_updater_that_died_is_unhealthy() -> None:
 
     provider = Recorder()
     with SmsProxy(provider, repository=Deadly()) as proxy:
+        updater = next(each for each in threading.enumerate() if each.name == "smsproxy-updater-1")
         provider.report({"a": "DELIVERED"})
-        returned_by(provider.subscribers[0].join)
-        returned_by(next(each for each in threading.enumerate() if each.name == "smsproxy-updater-1").join)
+        updater.join(HANG)
         assert proxy.health() == (["the status updater is dead"], [])
 
 

@@ -40,7 +40,7 @@ class Watched(InMemoryRepository):
         assert self.gate.wait(HANG)
         if self.refusals:
             raise self.refusals.pop(0)
-        self.groups.append(dict(updates))
+        self.groups.append({each.encode().decode(): update for each, update in updates.items()})  # text, as in a file
         return super().update_all(updates)
 
     def statuses(self, *message_ids: str) -> list[MessageStatus]:

@@ -1,0 +1,164 @@
+"""The batches that this process has claimed, and the thread that renews their leases."""
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from smsproxy import Incident, RepositoryUnavailableError
+
+from .connections import Database
+
+__all__ = ["Lease", "Leases", "monotonic"]
+
+log = logging.getLogger("smsproxy.postgres")
+
+MARGIN = 0.05  # of a lease; this machine's clock may go so much slower than the database's
+LAST_RENEWAL = 1.0  # seconds that the end waits for a renewal under way; a database that hangs must not hold it up
+RETRY = 1.0  # seconds, longest wait before a renewal that failed is tried again
+
+
+def monotonic() -> float:
+    """Seconds of a clock that also runs while the machine is suspended, where there is one (Linux).
+
+    `time.monotonic` stands still meanwhile there, and the database's clock does not.
+    """
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """What a claimed batch is held by. Parts of the batch share it. `Leases` guards it."""
+
+    id: int
+    until: float  # by `monotonic`; no later than the database's `lease_until`
+    remaining: set[str] = field(default_factory=set)  # IDs of its messages that are in the outbox, as far as we know
+    asked: bool = False  # whether a sender wanted to know, as it does before each request
+
+
+class Leases:
+    """Knows which batches this process may send. Thread-safe.
+
+    The rules, of which the claims of the other processes are the other half:
+
+    1. `until` is counted from before the statement that took or renewed the lease was sent, the database's
+       `lease_until` from when it ran. So ours comes first, and after it nothing is sent.
+    2. Only what is in `_held` is renewed. A batch that `holds` denied once was given up by its sender, so it
+       leaves `_held`, and others get it when its lease runs out. So does one whose claim was never answered.
+    3. A renewal that finds another owner, or no batch any more, ends the lease at once.
+    4. A lease that ran out here while the database was away, and that nobody took over, is renewed like any other.
+    """
+
+    def __init__(self, database: Database, seconds: float, *, clock: Callable[[], float] = monotonic) -> None:
+        self.owner = uuid.uuid4()  # of this start of the process
+        self.seconds = seconds
+        self._database, self.clock = database, clock
+        self._incident = Incident(log, "leases cannot be renewed")
+        self._lock = threading.Lock()  # guards everything below
+        self._changed = threading.Condition(self._lock)  # there is something to renew, or it is the end
+        self._held: dict[int, Lease] = {}
+        self._by_message: dict[str, Lease] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="smsproxy-leases-1", daemon=True)
+        self._thread.start()
+
+    def add(self, batch_id: int, sent_at: float, message_ids: Iterable[str]) -> Lease:
+        """A batch that was claimed by a statement sent at `sent_at`."""
+        lease = Lease(batch_id, self._end(sent_at), set(message_ids))
+        with self._lock:
+            self._held[batch_id] = lease
+            self._by_message.update(dict.fromkeys(lease.remaining, lease))
+            self._changed.notify()
+        return lease
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether the lease lasts; once it does not, it never does again. Never blocks for long."""
+        with self._lock:
+            lease.asked = True
+            if self._held.get(lease.id) is lease and lease.until <= self.clock():
+                self._drop(lease)
+            return self._held.get(lease.id) is lease
+
+    def ended_by(self, message_ids: Collection[str]) -> list[int]:
+        """The batches that have no messages left when these have left the outbox."""
+        with self._lock:
+            leases = {self._by_message[each] for each in message_ids if each in self._by_message}
+            return sorted(lease.id for lease in leases if lease.remaining.issubset(message_ids))
+
+    def remove(self, message_ids: Iterable[str]) -> None:
+        """These messages are not ours any more: they left the outbox, or were released."""
+        with self._lock:
+            for message_id in message_ids:
+                lease = self._by_message.pop(message_id, None)
+                if lease is not None:
+                    lease.remaining.discard(message_id)
+                    if not lease.remaining:
+                        self._drop(lease)
+
+    def close(self) -> list[int]:
+        """Ends the thread; returns the batches that no sender began with: they were claimed while the senders stopped.
+
+        What else is still held is in a request that did not end, so it waits out its lease.
+        """
+        with self._lock:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(LAST_RENEWAL)
+        with self._lock:
+            return sorted(lease.id for lease in self._held.values() if not lease.asked)
+
+    def _end(self, sent_at: float) -> float:
+        return sent_at + self.seconds * (1 - MARGIN)
+
+    def _drop(self, lease: Lease) -> None:
+        """Forgets a lease; the lock is held."""
+        self._held.pop(lease.id, None)
+        for message_id in lease.remaining:
+            if self._by_message.get(message_id) is lease:
+                del self._by_message[message_id]
+
+    # The thread
+
+    def _run(self) -> None:
+        wait = self.seconds / 3
+        while self._wait(wait):
+            try:
+                self._renew()
+            except RepositoryUnavailableError as error:
+                self._incident.failed(error)
+                wait = min(RETRY, self.seconds / 10)
+            except Exception as error:  # whatever it is, leases have to be renewed
+                log.error("the renewal of leases goes on after a %s", type(error).__name__)
+                wait = min(RETRY, self.seconds / 10)
+            else:
+                self._incident.ended()
+                wait = self.seconds / 3
+
+    def _wait(self, seconds: float) -> bool:
+        """Waits, first for something to renew and then for so long; False at the end."""
+        with self._lock:
+            while not (self._held or self._closed):
+                self._changed.wait()
+            self._changed.wait_for(lambda: self._closed, seconds)
+            return not self._closed
+
+    def _renew(self) -> None:
+        with self._lock:
+            asked = dict(self._held)
+        sent_at = self.clock()
+        if not asked:
+            return
+        sql = "SELECT * FROM smsproxy.renew(%s::uuid, %s::bigint[], %s::float8)"
+        # A statement that waits for longer than it takes until the next try would only be in its way.
+        rows = self._database.run(sql, (self.owner, sorted(asked), self.seconds), timeout=self.seconds / 6)
+        renewed = {row[0] for row in rows}
+        with self._lock:
+            for lease in asked.values():
+                if lease.id in renewed:
+                    lease.until = max(lease.until, self._end(sent_at))
+                else:
+                    self._drop(lease)

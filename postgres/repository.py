@@ -1,0 +1,308 @@
+"""The shared repository: statuses and one outbox in PostgreSQL, for any number of processes on any machines.
+
+What is decided about leases is written down in README.md, `leases.py` and `schema.py`.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastsmsing import Message
+from smsproxy import (
+    FORGET_STEP, RETENTION, Batch, Claim, DuplicateMessageError, Entry, MessageStatus, OverloadedError,
+    Reason, Repository, RepositoryUnavailableError, SmsProxyError, StatusTransitionError, UnknownMessageError,
+    ValidationError, check_transition, status_of,
+)  # fmt: skip
+
+from .connections import Database
+from .leases import Lease, Leases
+from .schema import check_settings, migrate
+from .statements import (
+    CHECK, CLAIM, COUNT, FORGET, HANDED_OVER, KNOWN, OLDEST, RELEASE, SAVE, SIZE, STATUS, UNCLAIM, UPDATE,
+)  # fmt: skip
+
+__all__ = ["PostgresRepository"]
+
+CONNECTIONS = 8  # of one process, besides the one that renews leases: few, since a server has some hundred
+START_TIMEOUT = 30.0  # seconds for the first connection's work; another process may be creating the tables
+CHECK_TIMEOUT = 2.0  # seconds
+LARGEST = 1_000_000  # messages in one batch; bounds what one claim can read
+STALE = 1.0  # seconds that the size of the outbox may be old
+SHARE = 20  # of its time at most one in so many parts goes into counting the outbox
+FORGET_PAUSE = 0.1  # seconds, shortest time between two looks for what is to be forgotten, when the last found little
+SLICE = 60.0  # seconds, longest; times of changes are rounded up to slices, so most changes leave the index alone
+
+
+def _storable(message_id: str) -> bool:
+    """Whether a text column can hold the ID: neither NUL nor a lone surrogate."""
+    try:
+        return b"\0" not in message_id.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+class _Figure:
+    """The size of the outbox: counted about once a second, and in between changed by what this process does."""
+
+    def __init__(self, count: Callable[[], int], clock: Callable[[], float]) -> None:
+        self._count, self._clock = count, clock
+        self._counting = threading.Lock()  # held by the one who counts; the others go on with the old figure
+        self._lock = threading.Lock()  # guards everything below
+        self._known: int | None = None
+        self._since = 0  # change since the count began
+        self._fresh_until = -math.inf
+
+    def add(self, change: int) -> None:
+        """This process put so many messages into the outbox, or will in a moment, or took them out."""
+        with self._lock:
+            self._since += change
+
+    def get(self) -> int:
+        """The figure, counted anew if it is old and nobody else does."""
+        with self._lock:
+            known, fresh = self._known, self._clock() < self._fresh_until
+        if not fresh and self._counting.acquire(blocking=known is None):
+            try:
+                self._refresh()
+            finally:
+                self._counting.release()
+        with self._lock:
+            return max(0, (self._known or 0) + self._since)
+
+    def _refresh(self) -> None:
+        with self._lock:
+            began, before = self._clock(), self._since
+        known = self._count()
+        with self._lock:
+            now = self._clock()
+            self._known, self._since = known, self._since - before
+            self._fresh_until = now + max(STALE, SHARE * (now - began))
+
+
+class PostgresRepository(Repository):
+    """A repository in PostgreSQL that any number of processes share. Methods block until their change is committed.
+
+    Every failure of the database is a `RepositoryUnavailableError`; when it comes from a connection that broke, the
+    change may have been made nevertheless, and making it again does no harm. `lease` has to be the same everywhere.
+    """
+
+    blocking = True
+    durable = True
+    poll = 1.0  # seconds: at most so much later than its time a message of an instance that died leaves
+
+    def __init__(
+        self,
+        url: str,
+        retention: float = RETENTION,
+        *,
+        lease: float = 30.0,
+        connections: int = CONNECTIONS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._retention = retention or None
+        self._slice = min(SLICE, retention / 1000) or SLICE
+        self._clock = clock
+        self._database = Database(url, connections)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._database.close)
+            with self._database.start(START_TIMEOUT) as db:
+                check_settings(db)
+                migrate(db)
+            undo.pop_all()
+        self._renewals = Database(url, 1)  # its own, so that no renewal waits behind other statements
+        self._leases = Leases(self._renewals, lease)
+        self._figure = _Figure(lambda: int(self._database.run(COUNT)[0][0]), clock)
+        self._forget_at = -math.inf  # by our clock: before that nothing is to be forgotten
+
+    # Accepting
+
+    def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
+        """See `Repository`. One statement, and a second one if not all could be saved."""
+        fresh: dict[str, Entry] = {}
+        for entry in filter(lambda entry: _storable(entry.message.message_id), entries):
+            fresh.setdefault(entry.message.message_id, entry)  # of those with one ID the first counts
+        room = len(fresh) if max_pending is None else max(0, max_pending - self._figure.get())
+        known: dict[str, bytes | None] = {}
+        if room < len(fresh):  # those that are known are told so, however full it is
+            known = self._known(fresh)
+            fresh = dict([item for item in fresh.items() if item[0] not in known][:room])
+        self._figure.add(len(fresh))  # at once: others are saving, too
+        saved: set[str] = set()
+        try:
+            saved, again = self._insert(list(fresh.values()))
+        finally:
+            self._figure.add(len(saved) - len(fresh))
+        if missing := fresh.keys() - saved:
+            found = self._known(missing)
+            if again:  # what had no key got an ID that nobody can have used before: our first try saved it
+                saved |= {each for each in missing if (found.get(each, b""), fresh[each].fingerprint) == (None, None)}
+            known.update(found)
+        known.update((each, fresh[each].fingerprint) for each in saved)
+        now = self._clock()
+        for entry in entries:
+            entry.accepted_at = now
+        return [None if (each := entry.message.message_id) in saved and fresh[each] is entry else _not_saved(each, known)
+                for entry in entries]  # fmt: skip
+
+    def _insert(self, entries: Sequence[Entry]) -> tuple[set[str], bool]:
+        if not entries:
+            return set(), False
+        messages = [entry.message for entry in entries]
+        columns = (
+            [message.message_id for message in messages],
+            [message.phone_number for message in messages],
+            [message.message.encode() for message in messages],
+            [entry.fingerprint for entry in entries],
+        )
+        rows, again = self._database.run_again(lambda again: (SAVE, (*columns, self._retention)))
+        return {row[0] for row in rows}, again
+
+    def _known(self, ids: Any) -> dict[str, bytes | None]:
+        return dict(self._database.run(KNOWN, (sorted(ids), self._retention)))
+
+    # Statuses
+
+    def get(self, message_id: str) -> MessageStatus:
+        """See `Repository`."""
+        row = self._status(message_id)
+        return MessageStatus(row[0]) if row else MessageStatus.NOT_FOUND
+
+    def reason(self, message_id: str) -> Reason | None:
+        """See `Repository`."""
+        row = self._status(message_id)
+        return Reason(row[1]) if row and row[1] else None
+
+    def _status(self, message_id: str) -> Any:
+        rows = self._database.run(STATUS, (message_id, self._retention)) if _storable(message_id) else []
+        return rows[0] if rows else None
+
+    def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
+        """See `Repository`. One statement; repeats and reordering do no harm."""
+        ids = sorted(filter(_storable, updates))
+        wanted = [status_of(updates[each]) for each in ids]
+        reasons = [each.value if isinstance(each := updates[message_id], Reason) else None for message_id in ids]
+        parameters = {
+            "ids": ids, "statuses": [status.value for status in wanted], "reasons": reasons, "retention": self._retention,
+            "slice": self._slice, "ended": self._leases.ended_by(updates.keys()),
+        }  # fmt: skip
+        rows, again = self._database.run_again(lambda again: (UPDATE, parameters)) if ids else ([], False)
+        found = {row[0]: (MessageStatus(row[1]), row[2] or again and row[1] == status_of(updates[row[0]])) for row in rows}
+        self._figure.add(-rows[0][3] if rows else 0)
+        self._leases.remove([message_id for message_id, (_, applied) in found.items() if applied])
+        errors: dict[str, Exception] = {}
+        for message_id, update in updates.items():
+            before, applied = found.get(message_id, (MessageStatus.NOT_FOUND, False))
+            if not applied:
+                errors[message_id] = _refusal(message_id, before, status_of(update))
+        return errors
+
+    # Handing over
+
+    def claim(self, size: int, max_delay: float | None) -> Claim:
+        """See `Repository`. One statement. When its answer is lost, what it took waits out its lease."""
+        sent_at = self._leases.clock()  # also if it is sent twice: too early does no harm
+        delay = None if max_delay is None else min(max_delay, 1e9)
+        rows = self._database.run(CLAIM, (self._leases.owner, min(size, LARGEST), delay, self._leases.seconds))
+        batch_id, waiting, due = rows[0][:3]
+        if batch_id is None:
+            return Claim(None, waiting, due)
+        entries = _entries(rows[1:], self._clock())
+        lease = self._leases.add(batch_id, sent_at, [row[3] for row in rows[1:]])
+        return Claim(Batch(entries, lease), waiting)
+
+    def release(self, batch: Batch) -> None:
+        """See `Repository`. Does nothing when the lease is lost: then the batch is another process's."""
+        if not isinstance(batch.lease, Lease):
+            return
+        parameters = {"ids": sorted(batch.ids), "batch": batch.lease.id, "owner": self._leases.owner,
+                      "ended": self._leases.ended_by(batch.ids)}  # fmt: skip
+        self._database.run(RELEASE, parameters)
+        self._leases.remove(batch.ids)
+
+    def handed_over(self, batch: Batch) -> None:
+        """See `Repository`. Also when the lease is lost: FastSMSing took the messages."""
+        ids = sorted(filter(_storable, batch.ids))
+        parameters = {"ids": ids, "slice": self._slice, "ended": self._leases.ended_by(ids)}
+        rows = self._database.run(HANDED_OVER, parameters)
+        self._figure.add(-rows[0][0])
+        self._leases.remove(ids)
+
+    def holds(self, batch: Batch) -> bool:
+        """See `Repository`. By this machine's clock, which says no before the database lets others say yes."""
+        return not isinstance(batch.lease, Lease) or self._leases.holds(batch.lease)
+
+    # Watching
+
+    def backlog(self) -> int:
+        """See `Repository`. Of all processes together; about a second old."""
+        return self._figure.get()
+
+    def oldest(self) -> float | None:
+        """See `Repository`. Of all processes together."""
+        rows = self._database.run(OLDEST)
+        return max(0.0, rows[0][0]) if rows else None
+
+    def size(self) -> int:
+        """See `Repository`. The tables with their indexes."""
+        return int(self._database.run(SIZE)[0][0])
+
+    def check(self) -> None:
+        """See `Repository`. Commits a change of one row, which is what a read-only or a stuck server cannot do."""
+        if not self._database.run(CHECK, timeout=CHECK_TIMEOUT):
+            raise RepositoryUnavailableError("the database's tables are damaged: a row of smsproxy.mutex is missing")
+
+    # Forgetting and ending
+
+    def forget(self) -> float | None:
+        """See `Repository`. One process at a time; the others come again later."""
+        if self._retention is None:
+            return None
+        wait = self._forget_at - self._clock()
+        if wait > 0:
+            return wait
+        gone, due = self._database.run(FORGET, {"retention": self._retention, "step": FORGET_STEP})[0]
+        if gone == FORGET_STEP:
+            return 0.0
+        # Without anything to forget: whatever changes from now on is due after its whole time.
+        wait = self._retention if due is None else max(float(due), self._slice, FORGET_PAUSE)
+        self._forget_at = self._clock() + wait
+        return wait
+
+    def close(self) -> None:
+        """Closes the connections. Batches in requests that did not end wait out their leases."""
+        if untouched := self._leases.close():
+            with contextlib.suppress(RepositoryUnavailableError):  # then they wait, too
+                self._database.run(UNCLAIM, (untouched, self._leases.owner))
+        self._renewals.close()
+        self._database.close()
+
+
+def _not_saved(message_id: str, known: Mapping[str, bytes | None]) -> Exception:
+    """Why an entry was not saved; `known` has the fingerprints of those that are stored by now."""
+    if message_id in known:
+        return DuplicateMessageError(message_id, known[message_id])
+    if not _storable(message_id):
+        return ValidationError("message_id", "must not contain NUL or lone surrogates")
+    return OverloadedError("too many messages are pending")
+
+
+def _entries(rows: Sequence[Any], now: float) -> tuple[Entry, ...]:
+    """The messages of a batch, as `claim` in the database tells them."""
+    return tuple([Entry(Message(phone, bytes(content).decode(), message_id), None, now - age)
+                  for *_, message_id, phone, content, age in rows])  # fmt: skip
+
+
+def _refusal(message_id: str, current: MessageStatus, status: MessageStatus) -> Exception:
+    """Why this update of a message is refused."""
+    if current is MessageStatus.NOT_FOUND:
+        return UnknownMessageError(f"message {message_id!r} is not known")
+    try:
+        check_transition(message_id, current, status)
+    except SmsProxyError as error:
+        return error
+    # It could be applied by the status seen, so another process changed it: the next report tells.
+    return StatusTransitionError(f"message {message_id} was changed meanwhile")

@@ -1,0 +1,48 @@
+"""A throw-away cluster of PostgreSQL for the tests, and a fresh database for each of them."""
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import Bouncer, Cluster, find_programs, run_as
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """The server, started with `initdb` in a directory of its own."""
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL's server programs are not installed (initdb is neither in PATH nor in /usr/lib/postgresql)")
+    with tempfile.TemporaryDirectory(prefix="smsproxy-pg-", ignore_cleanup_errors=True) as directory:
+        server = Cluster(programs, run_as(Path(directory)), Path(directory))
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+
+
+NUMBERS = itertools.count(1)
+
+
+@pytest.fixture
+def url(cluster: Cluster) -> str:
+    """The URL of a new, empty database."""
+    return cluster.create(f"test_{next(NUMBERS)}")
+
+
+@pytest.fixture
+def bouncer(cluster: Cluster) -> Iterator[Bouncer]:
+    """PgBouncer in transaction mode in front of the cluster."""
+    pooler = Bouncer.find(cluster)
+    if pooler is None:
+        pytest.skip("pgbouncer is not installed")
+    try:
+        pooler.start()
+        yield pooler
+    finally:
+        pooler.stop()
