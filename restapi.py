@@ -35,16 +35,6 @@ __all__ = ["SmsHandler", "SmsServer"]
 
 log = logging.getLogger("smsproxy.rest")
 
-ROUTES = {  # path → methods
-    "/sms": ("POST",),
-    "/sms/": ("POST",),
-    "/sms/<id>": ("GET", "HEAD"),
-    "/metrics": ("GET", "HEAD"),
-    "/healthz": ("GET", "HEAD"),
-    "/openapi.json": ("GET", "HEAD"),
-    "/": ("GET", "HEAD"),
-    "*": ("GET", "HEAD", "POST"),
-}
 ALIASES = {"/sms/": "/sms", "*": "other"}  # what the metrics call a path
 GUARDED = {"/sms", "/sms/", "/sms/<id>", "/metrics"}  # need an API key, if there are any
 FIELDS = {"phone_number": "PhoneNumber", "message": "Content"}  # the domain's names and ours
@@ -193,11 +183,10 @@ class SmsHandler(FrontHandler):
 
     server: SmsServer
 
-    def route(self) -> None:
-        """401, 404 and 405: what the path, the method and the key tell."""
-        path, method = self.request.path, self.request.method
-        name = path
-        methods = ROUTES.get(path)
+    def route(self) -> Callable[[Any], None]:
+        """What the path and the method ask for; 401, 404 and 405."""
+        name = path = self.request.path
+        method, methods = self.request.method, ROUTES.get(path)
         if methods is None and path.startswith("/sms/") and "/" not in path[5:]:
             name, methods = "/sms/<id>", ROUTES["/sms/<id>"]
         self.request.route = ALIASES.get(name, name) if methods else "other"
@@ -205,10 +194,12 @@ class SmsHandler(FrontHandler):
             self._authorize()
         if methods is None or (path == "/sms/" and method in ("GET", "HEAD")):
             raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
-        if method not in methods and method != "OPTIONS":
-            allow = {"Allow": ", ".join((*methods, "OPTIONS"))}
-            raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", allow)
-        self._methods = methods
+        if method in methods:
+            return methods[method]
+        allow = {"Allow": ", ".join((*methods, "OPTIONS"))}
+        if method == "OPTIONS":
+            return lambda handler: handler.respond(HTTPStatus.OK, headers=allow)
+        raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", allow)
 
     def translate(self, error: BaseException) -> HttpError | None:
         """The response to an error of the domain."""
@@ -219,11 +210,7 @@ class SmsHandler(FrontHandler):
             return HttpError(status, str(error), {"Retry-After": str(wait)} if wait else {})
         return super().translate(error)
 
-    def do_OPTIONS(self) -> None:
-        """Says what is allowed."""
-        self.respond(HTTPStatus.OK, headers={"Allow": ", ".join((*self._methods, "OPTIONS"))})
-
-    def do_POST(self) -> None:
+    def send(self) -> None:
         """Accepts a message, with all others of this iteration."""
         message, key = decode(self.request.body), self.request.headers.get("idempotency-key")
         if key is not None and IDEMPOTENCY_KEY.fullmatch(key) is None:
@@ -232,24 +219,27 @@ class SmsHandler(FrontHandler):
         self._message_id = entry.message.message_id
         self.server.posts.add(self, entry)
 
-    def do_GET(self) -> None:
-        """Tells a status, or gives one of the operator's pages."""
-        path, server = self.request.path, self.server
-        if path.startswith("/sms/"):
-            message_id = unquote(path[5:])
-            if server.proxy.blocking:
-                server.statuses.add(self, message_id)
-            else:  # in memory: at once, without the way through a group
-                self.found(server.look_up(message_id))
-        elif path == "/healthz":
-            server.healths.add(self, None)
-        elif path == "/metrics":
-            server.metrics.add(self, None)
-        else:
-            headers = server.page_headers if path == "/" else {}
-            self.respond(HTTPStatus.OK, server.files[path], headers, FILES[path][1])
+    def status(self) -> None:
+        """Tells the status of a message."""
+        server, message_id = self.server, unquote(self.request.path[5:])
+        if server.proxy.blocking:
+            server.statuses.add(self, message_id)
+        else:  # in memory: at once, without the way through a group
+            self.found(server.look_up(message_id))
 
-    do_HEAD = do_GET  # RFC 9110, 9.3.2: the front leaves the body out
+    def health(self) -> None:
+        """Tells whether this instance should get traffic."""
+        self.server.healths.add(self, None)
+
+    def metrics(self) -> None:
+        """Tells the figures."""
+        self.server.metrics.add(self, None)
+
+    def file(self) -> None:
+        """Gives the operators' page or the description of the interface."""
+        path, server = self.request.path, self.server
+        headers = server.page_headers if path == "/" else {}
+        self.respond(HTTPStatus.OK, server.files[path], headers, FILES[path][1])
 
     def accepted(self, refusal: None) -> None:
         """Responds with the ID of the message."""
@@ -286,6 +276,22 @@ class SmsHandler(FrontHandler):
             challenge = {"WWW-Authenticate": 'Bearer realm="smsproxy"'}  # RFC 6750, 3
             raise HttpError(HTTPStatus.UNAUTHORIZED, "a valid API key is needed", challenge)
         self.request.client = known[0]
+
+
+def _get(respond: Callable[[SmsHandler], None]) -> dict[str, Callable[[SmsHandler], None]]:
+    return {"GET": respond, "HEAD": respond}  # RFC 9110, 9.3.2: the front leaves the body out
+
+
+_POST = {"POST": SmsHandler.send}
+ROUTES: Mapping[str, Mapping[str, Callable[[SmsHandler], None]]] = {  # path → method → what responds
+    "/sms": _POST,
+    "/sms/": _POST,
+    "/sms/<id>": _get(SmsHandler.status),
+    "/metrics": _get(SmsHandler.metrics),
+    "/healthz": _get(SmsHandler.health),
+    **{path: _get(SmsHandler.file) for path in FILES},
+    "*": {**_get(SmsHandler.file), **_POST},  # of the whole server: for OPTIONS alone (RFC 9110, 9.3.7)
+}
 
 
 def _json(doc: Mapping[str, Any]) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import bisect
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -137,10 +138,10 @@ TRANSITIONS: Mapping[MessageStatus, frozenset[MessageStatus]] = {
 }
 
 
-
-def status_of(update: MessageStatus | Reason) -> MessageStatus:
-    """The status that an update leads to."""
-    return MessageStatus.FAILED if isinstance(update, Reason) else update
+# The status that an update of a message leads to.
+STATUS_OF: Mapping[MessageStatus | Reason, MessageStatus] = {
+    **{status: status for status in MessageStatus}, **dict.fromkeys(Reason, MessageStatus.FAILED)
+}  # fmt: skip
 
 
 def check_transition(message_id: str, current: MessageStatus, status: MessageStatus) -> None:
@@ -199,7 +200,7 @@ class SendingResult:
     id: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
     """A message in the outbox. `fingerprint` comes with an idempotency key and tells a repeat from a misuse.
 
@@ -410,7 +411,7 @@ class InMemoryRepository(Repository):
         # share one tuple: a tuple for each would cost more memory than its status does.
         self._records: dict[str, tuple[MessageStatus, Reason | None, float]] = {}
         self._fingerprints: dict[str, bytes] = {}
-        self._waiting: OrderedDict[str, Entry] = OrderedDict()
+        self._waiting: deque[Entry] = deque()
         self._claimed: dict[str, Entry] = {}
         self._slices: deque[tuple[float, list[str]]] = deque()  # time to forget, IDs changed in one slice of time
         self._slice_end = -math.inf
@@ -430,7 +431,8 @@ class InMemoryRepository(Repository):
                     errors.append(OverloadedError("too many messages are pending"))
                 else:
                     entry.accepted_at = now
-                    self._records[message_id], self._waiting[message_id] = _IN_OUTBOX, entry
+                    self._records[message_id] = _IN_OUTBOX
+                    self._waiting.append(entry)
                     if entry.fingerprint is not None:
                         self._fingerprints[message_id] = entry.fingerprint
                     elif record is not None:  # it is due and not forgotten yet
@@ -457,8 +459,8 @@ class InMemoryRepository(Repository):
                 record = self._records.get(message_id)
                 current = MessageStatus.NOT_FOUND if record is None or record[2] <= now else record[0]
                 try:
-                    if status_of(update) not in TRANSITIONS[current]:
-                        check_transition(message_id, current, status_of(update))
+                    if STATUS_OF[update] not in TRANSITIONS[current]:
+                        check_transition(message_id, current, STATUS_OF[update])
                     if record is _IN_OUTBOX:
                         self._leave_outbox(message_id)
                     self._change(message_id, update, now)
@@ -470,29 +472,28 @@ class InMemoryRepository(Repository):
         """See `Repository`."""
         with self._lock:
             waiting = len(self._waiting)
-            age = self._clock() - next(iter(self._waiting.values())).accepted_at if waiting else 0.0
+            age = self._clock() - self._waiting[0].accepted_at if waiting else 0.0
             wait = time_to_claim(waiting, size, age, max_delay)
             if wait != 0.0:
                 return Claim(None, waiting, wait)
-            taken = dict([self._waiting.popitem(last=False) for _ in range(min(size, waiting))])
-            self._claimed.update(taken)
-            return Claim(Batch(tuple(taken.values())), waiting - len(taken))
+            taken = tuple([self._waiting.popleft() for _ in range(min(size, waiting))])
+            self._claimed.update((entry.message.message_id, entry) for entry in taken)
+            return Claim(Batch(taken), waiting - len(taken))
 
     def release(self, batch: Batch) -> None:
         """See `Repository`."""
         with self._lock:
             for entry in reversed(batch.entries):
-                message_id = entry.message.message_id
-                if self._claimed.pop(message_id, None):  # otherwise it was reported on meanwhile
-                    self._waiting[message_id] = entry
-                    self._waiting.move_to_end(message_id, last=False)
+                if self._claimed.pop(entry.message.message_id, None):  # otherwise it was reported on meanwhile
+                    self._waiting.appendleft(entry)
 
     def handed_over(self, batch: Batch) -> None:
         """See `Repository`."""
         with self._lock:
             now = self._clock()
             for message_id in batch.ids:
-                if self._leave_outbox(message_id):
+                if self._records.get(message_id) is _IN_OUTBOX:
+                    self._leave_outbox(message_id)
                     self._change(message_id, MessageStatus.ACCEPTED, now)
 
     def backlog(self) -> int:
@@ -502,7 +503,7 @@ class InMemoryRepository(Repository):
     def oldest(self) -> float | None:
         """See `Repository`."""
         with self._lock:
-            entries = [*self._claimed.values(), *itertools.islice(self._waiting.values(), 1)]
+            entries = [*self._claimed.values(), *itertools.islice(self._waiting, 1)]
             return self._clock() - min(entry.accepted_at for entry in entries) if entries else None
 
     def forget(self) -> float | None:
@@ -524,8 +525,9 @@ class InMemoryRepository(Repository):
                 return None
             return max(0.0, slices[0][0] - now) if slices else self._retention
 
-    def _leave_outbox(self, message_id: str) -> Entry | None:
-        return self._claimed.pop(message_id, None) or self._waiting.pop(message_id, None)
+    def _leave_outbox(self, message_id: str) -> None:
+        if self._claimed.pop(message_id, None) is None:  # nobody sent it, so this is rare and may search
+            self._waiting.remove(next(entry for entry in self._waiting if entry.message.message_id == message_id))
 
     def _change(self, message_id: str, update: MessageStatus | Reason, now: float) -> None:
         """Records a message that is not in the outbox any more."""
@@ -537,7 +539,7 @@ class InMemoryRepository(Repository):
         record = self._shared.get(update)
         if record is None:
             forget_at = self._slices[-1][0] if self._retention else math.inf
-            record = (status_of(update), update if isinstance(update, Reason) else None, forget_at)
+            record = (STATUS_OF[update], update if isinstance(update, Reason) else None, forget_at)
             self._shared[update] = record
         if self._retention and self._records[message_id][2] != record[2]:
             self._slices[-1][1].append(message_id)
@@ -1403,35 +1405,39 @@ class StatusUpdater:
     def _apply(self, reports: Iterable[Mapping[str, object]]) -> None:
         """Applies the reports in their order. Of a message's statuses that may follow each other the last is enough."""
         pending: dict[str, MessageStatus | Reason] = {}
-        overtaken = 0
-        failures: list[StatusUpdateError] = []
+        replaced: Counter[str] = Counter()  # statuses of a message that nobody needs to store
         for report in reports:
-            if not isinstance(report, Mapping):
-                log.error("a delivery report is not a mapping but a %s", type(report).__name__)
-                continue
-            for message_id, status in report.items():
-                try:
-                    if not isinstance(message_id, str):
-                        raise UnknownMessageError("the ID is not a string")
-                    update = status if isinstance(status, Reason) else map_to_internal_status(status)
-                except (UnknownMessageError, UnknownStatusError) as error:
-                    failures.append(StatusUpdateError(error, message_id, status))
-                    continue
-                if message_id in pending:
-                    before = pending[message_id]
-                    if status_of(update) in TRANSITIONS[status_of(before)]:
-                        overtaken += 1
-                    else:
-                        failures += self._store(pending)
-                        pending = {}
-                pending[message_id] = update
-        failures += self._store(pending)
-        self._metrics.add("smsproxy_status_updates_total", "applied", overtaken)
-        self._fail(failures)
+            updates = self._updates(report)
+            twice = pending.keys() & updates.keys()
+            changes = {(pending[message_id], updates[message_id]) for message_id in twice}
+            if all(STATUS_OF[after] in TRANSITIONS[STATUS_OF[before]] for before, after in changes):
+                replaced.update(twice)
+            else:
+                self._store(pending, replaced)
+                pending, replaced = {}, Counter()
+            pending.update(updates)
+        self._store(pending, replaced)
 
-    def _store(self, updates: Mapping[str, MessageStatus | Reason]) -> list[StatusUpdateError]:
+    def _updates(self, report: object) -> dict[str, MessageStatus | Reason]:
+        """What a report says, less what makes no sense, which fails."""
+        updates: dict[str, MessageStatus | Reason] = {}
+        failures: list[StatusUpdateError] = []
+        if not isinstance(report, Mapping):
+            log.error("a delivery report is not a mapping but a %s", type(report).__name__)
+            return updates
+        for message_id, status in report.items():
+            try:
+                if not isinstance(message_id, str):
+                    raise UnknownMessageError("the ID is not a string")
+                updates[message_id] = status if isinstance(status, Reason) else map_to_internal_status(status)
+            except (UnknownMessageError, UnknownStatusError) as error:
+                failures.append(StatusUpdateError(error, message_id, status))
+        self._fail(failures)
+        return updates
+
+    def _store(self, updates: Mapping[str, MessageStatus | Reason], replaced: Counter[str]) -> None:
         if not updates:
-            return []
+            return
         try:
             errors = _persist(lambda: self._repository.update_all(updates), self._over, self._incident)
         except Exception as error:  # whatever it is, it is told of each of them
@@ -1439,17 +1445,18 @@ class StatusUpdater:
         applied = {message_id: update for message_id, update in updates.items() if message_id not in errors}
         counts = Counter(applied.values())
         for update, count in counts.items():
-            if status_of(update) in FINAL_STATUSES:
-                self._metrics.add("smsproxy_messages_final_total", status_of(update).value, count)
-            if isinstance(update, MessageStatus):
-                self._metrics.add("smsproxy_status_updates_total", "applied", count)
+            if STATUS_OF[update] in FINAL_STATUSES:
+                self._metrics.add("smsproxy_messages_final_total", STATUS_OF[update].value, count)
+        reports = sum(count for update, count in counts.items() if isinstance(update, MessageStatus))
+        reports += sum(count for message_id, count in replaced.items() if message_id in applied)
+        self._metrics.add("smsproxy_status_updates_total", "applied", reports)
         now = self._wall_clock()
         times = [time_of(each) for each, update in applied.items() if update is not MessageStatus.CONFIRMED]
         self._metrics.observe("smsproxy_final_status_seconds", [max(0.0, now - each) for each in times if each is not None])
         if counts[MessageStatus.FAILED]:
             failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
             log.info("FastSMSing reports %d messages as FAILED: %s", len(failed), " ".join(failed))
-        return [StatusUpdateError(error, message_id, updates[message_id]) for message_id, error in errors.items()]
+        self._fail([StatusUpdateError(error, message_id, updates[message_id]) for message_id, error in errors.items()])
 
     def _fail(self, failures: Sequence[StatusUpdateError]) -> None:
         """Counts the failures, logs those of a kind in one line, and keeps them for whoever reads `errors`."""
@@ -1496,7 +1503,7 @@ class SmsProxy:
         self.metrics = Metrics()
         self._client = client
         self._repository = InMemoryRepository() if repository is None else repository
-        self._generate_id = generate_id or new_id
+        self._generate_id = generate_id or NewIds()
         self._updater = StatusUpdater(self._repository, metrics=self.metrics)
         self._batching = SimpleBatchingClient(
             self._repository, client, config, self.statistics,
@@ -1629,10 +1636,24 @@ def _refusal(error: Exception, entry: Entry) -> Exception | None:
 _VARIANTS = dict(zip("0123456789abcdef", 4 * "89ab"))  # RFC 9562, 4.1: the variant's bits are 10
 
 
-def new_id() -> str:
-    """A UUID of version 7 (RFC 9562, 5.7): milliseconds since 1970, then 74 random bits."""
-    time_digits, digits = f"{time.time_ns() // 1_000_000:012x}", os.urandom(10).hex()
-    return f"{time_digits[:8]}-{time_digits[8:]}-7{digits[:3]}-{_VARIANTS[digits[3]]}{digits[4:7]}-{digits[7:19]}"
+class NewIds:
+    """Makes UUIDs of version 7 (RFC 9562, 5.7): milliseconds since 1970, then 74 random bits. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._tails: list[str] = []  # random parts not used yet: a system call for each would take as long as the rest
+
+    def __call__(self) -> str:
+        """A new ID."""
+        try:
+            tail = self._tails.pop()
+        except IndexError:
+            digits = os.urandom(19 * 256 // 2).hex()
+            parts = [digits[start : start + 19] for start in range(0, len(digits), 19)]
+            tails = [f"7{part[:3]}-{_VARIANTS[part[3]]}{part[4:7]}-{part[7:]}" for part in parts]
+            tail = tails.pop()
+            self._tails += tails
+        now = f"{time.time_ns() // 1_000_000:012x}"
+        return f"{now[:8]}-{now[8:]}-{tail}"
 
 
 def id_of_key(key: str) -> str:
@@ -1643,10 +1664,13 @@ def id_of_key(key: str) -> str:
 
 def time_of(message_id: str) -> float | None:
     """When the message was accepted, in seconds since 1970; None for an ID that does not tell."""
-    if len(message_id) != 36 or message_id[14] != "7":
-        return None
+    return _seconds(message_id[:13]) if len(message_id) == 36 and message_id[14] == "7" else None
+
+
+@functools.lru_cache(256)  # messages of a batch came within few milliseconds
+def _seconds(digits: str) -> float | None:
     try:
-        return int(message_id[:8] + message_id[9:13], 16) / 1000
+        return int(digits.replace("-", ""), 16) / 1000
     except ValueError:
         return None
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from fastsmsing import Message
 from smsproxy import (
-    FORGET_STEP, RETENTION, TRANSITIONS, Batch, Claim, DuplicateMessageError, Entry, Incident, MessageStatus,
+    FORGET_STEP, RETENTION, STATUS_OF, TRANSITIONS, Batch, Claim, DuplicateMessageError, Entry, Incident, MessageStatus,
     OverloadedError, Reason, Repository, RepositoryUnavailableError, SmsProxyError, UnknownMessageError, check_transition,
-    status_of, time_to_claim,
+    time_to_claim,
 )  # fmt: skip
 
 __all__ = ["SqliteRepository", "check_file"]
@@ -280,14 +280,14 @@ class _Tables:
         for update in dict.fromkeys(update for _, update in items):
             ids = [(message_id,) for message_id, each in items if each is update]
             first = (update.value if isinstance(update, Reason) else None, self._changed_at())
-            rows = _execute(self.db, UPDATE_MESSAGES[status_of(update)], ids, first, (self.limit(),))
+            rows = _execute(self.db, UPDATE_MESSAGES[STATUS_OF[update]], ids, first, (self.limit(),))
             changed.update(row[0] for row in rows)
         self._leave_outbox(changed)
         return [None if item[0] in changed else self._refusal(*item) for item in items]
 
     def _refusal(self, message_id: str, update: MessageStatus | Reason) -> Exception | None:
         try:
-            check_transition(message_id, self.status(self.db, message_id), status_of(update))
+            check_transition(message_id, self.status(self.db, message_id), STATUS_OF[update])
         except (SmsProxyError, ValueError) as error:  # ValueError: the row makes no sense
             return error
         return None

@@ -13,9 +13,9 @@ from typing import Any
 
 from fastsmsing import Message
 from smsproxy import (
-    FORGET_STEP, RETENTION, Batch, Claim, DuplicateMessageError, Entry, MessageStatus, OverloadedError,
+    FORGET_STEP, RETENTION, STATUS_OF, Batch, Claim, DuplicateMessageError, Entry, MessageStatus, OverloadedError,
     Reason, Repository, RepositoryUnavailableError, SmsProxyError, StatusTransitionError, UnknownMessageError,
-    ValidationError, check_transition, status_of,
+    ValidationError, check_transition,
 )  # fmt: skip
 
 from .connections import Database
@@ -183,21 +183,21 @@ class PostgresRepository(Repository):
     def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
         """See `Repository`. One statement; repeats and reordering do no harm."""
         ids = sorted(filter(_storable, updates))
-        wanted = [status_of(updates[each]) for each in ids]
+        wanted = [STATUS_OF[updates[each]] for each in ids]
         reasons = [each.value if isinstance(each := updates[message_id], Reason) else None for message_id in ids]
         parameters = {
             "ids": ids, "statuses": [status.value for status in wanted], "reasons": reasons, "retention": self._retention,
             "slice": self._slice, "ended": self._leases.ended_by(updates.keys()),
         }  # fmt: skip
         rows, again = self._database.run_again(lambda again: (UPDATE, parameters)) if ids else ([], False)
-        found = {row[0]: (MessageStatus(row[1]), row[2] or again and row[1] == status_of(updates[row[0]])) for row in rows}
+        found = {row[0]: (MessageStatus(row[1]), row[2] or again and row[1] == STATUS_OF[updates[row[0]]]) for row in rows}
         self._figure.add(-rows[0][3] if rows else 0)
         self._leases.remove([message_id for message_id, (_, applied) in found.items() if applied])
         errors: dict[str, Exception] = {}
         for message_id, update in updates.items():
             before, applied = found.get(message_id, (MessageStatus.NOT_FOUND, False))
             if not applied:
-                errors[message_id] = _refusal(message_id, before, status_of(update))
+                errors[message_id] = _refusal(message_id, before, STATUS_OF[update])
         return errors
 
     # Handing over

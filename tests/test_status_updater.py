@@ -123,7 +123,7 @@ def test_updates_are_counted_by_result_and_final_statuses_by_status() -> None:
 
 
 def test_the_time_from_acceptance_to_the_final_status_is_observed() -> None:
-    message_id, metrics = smsproxy.new_id(), Metrics()
+    message_id, metrics = smsproxy.NewIds()(), Metrics()
     now = (smsproxy.time_of(message_id) or 0) + 7
     repository = Watched(message_id, "no-time")
     for report in ({message_id: "CONFIRMED"}, {message_id: "DELIVERED", "no-time": "DELIVERED"}, {message_id: "FAILED"}):

@@ -18,8 +18,8 @@ from fastsmsing import Message
 from postgres import PostgresRepository
 from postgres.schema import MIGRATIONS
 from smsproxy import (
-    Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, RepositoryUnavailableError,
-    StatusTransitionError, UnknownMessageError, new_id,
+    Batch, DuplicateMessageError, Entry, MessageStatus, NewIds, OverloadedError, Reason, RepositoryUnavailableError,
+    StatusTransitionError, UnknownMessageError,
 )  # fmt: skip
 
 LEASE = 60.0  # seconds; no test waits so long, so what needs a lease to end moves the clocks
@@ -60,7 +60,7 @@ def repository(make: Make) -> PostgresRepository:
 
 
 def entry(message_id: str | None = None, text: str = "Hi", fingerprint: bytes | None = None) -> Entry:
-    return Entry(Message("48123456789", text, message_id or new_id()), fingerprint)
+    return Entry(Message("48123456789", text, message_id or NewIds()()), fingerprint)
 
 
 def fill(repository: PostgresRepository, count: int) -> list[str]:
