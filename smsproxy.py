@@ -866,8 +866,10 @@ class _Scheduler:
         self._quiet = threading.Condition(self._lock)  # a stop waits for the last job
         self._breaker = CircuitBreaker(config, rng)
         self._looking = False
+        self._claiming = False
         self._retries: list[_Job] = []
         self._under_way: set[_Job] = set()
+        self._abandoned: list[_Job] = []  # an error of ours stopped them; nobody knows whether they were handed over
         self._waiting = 1  # messages that nobody claimed: what the last look found and what was saved since; never too few
         self._saved = self._saving = 0
         self._draining = self._closed = self._over = False
@@ -909,7 +911,7 @@ class _Scheduler:
                     return job
         finally:
             with self._lock:
-                self._looking = False
+                self._looking = self._claiming = False
                 if self._waiting or self._retries or self._repository.poll is not None:
                     self._sleepers.notify()  # somebody has to look after them
 
@@ -917,7 +919,7 @@ class _Scheduler:
         """A job that starts now, or None after waiting until there may be one."""
         with self._lock:
             now = self._clock()
-            wait = None if self._draining and self._repository.durable else self._breaker.wait(now)
+            wait = self._wait(now)
             claims = wait == 0 and len(self._retries) < self._config.senders and (
                 self._waiting > 0 or self._repository.poll is not None)  # fmt: skip
             if wait == 0 and not (claims and self._breaker.opened_at is not None):
@@ -928,10 +930,10 @@ class _Scheduler:
                 if not self._over:
                     self._looker.wait(None if wait is None else min(wait, threading.TIMEOUT_MAX))
                 return None
-            seen = self._saved
+            seen, self._claiming = self._saved, True
         claim = self._claim()
         with self._lock:
-            now = self._clock()
+            now, self._claiming = self._clock(), False
             self._waiting = claim.waiting + self._saved - seen
             if claim.batch is not None:
                 self._retries.append(_Job(claim.batch))
@@ -953,10 +955,14 @@ class _Scheduler:
         self._incident.ended()
         return claim
 
+    def _wait(self, now: float) -> float | None:
+        """Seconds until a request may start, 0 for now; None while only something else can tell, or never."""
+        return None if self._draining and self._repository.durable else self._breaker.wait(now)
+
     def _ready(self, now: float) -> _Job | None:
         """Starts the retry that has been ready for longest, if requests may start."""
         job = min(self._retries, key=lambda job: job.not_before, default=None)
-        if job is None or job.not_before > now or self._breaker.wait(now) != 0:
+        if job is None or job.not_before > now or self._wait(now) != 0:
             return None
         self._retries.remove(job)
         self._under_way.add(job)
@@ -1002,6 +1008,12 @@ class _Scheduler:
             if self._draining:
                 self._quiet.notify_all()
 
+    def abandon(self, job: _Job) -> None:
+        """An error of ours stopped the job."""
+        with self._lock:
+            self._abandoned.append(job)
+        self.ended(job)
+
     # Watching and ending
 
     def gauges(self) -> dict[str, float]:
@@ -1025,18 +1037,19 @@ class _Scheduler:
             self._looker.notify()
 
     def close(self, timeout: float | None) -> tuple[list[_Job], list[_Job]]:
-        """Refuses messages, waits for what is to be done, ends the senders; returns the retries and the jobs under way."""
+        """Refuses messages, waits for what is to be done, ends the senders; returns the retries, and the jobs that are
+        under way or were abandoned."""
         with self._lock:
             self._closed = True
             self._quiet.wait_for(self._is_quiet, timeout)
             self._over = True
             for condition in (self._looker, self._sleepers):
                 condition.notify_all()
-            return list(self._retries), list(self._under_way)
+            return list(self._retries), [*self._under_way, *self._abandoned]
 
     def _is_quiet(self) -> bool:
         rest = not self._repository.durable and (self._waiting or self._retries)
-        return self._over or not (self._under_way or self._saving or rest)
+        return self._over or not (self._claiming or self._under_way or self._saving or rest)
 
 
 class _Sender:
@@ -1068,7 +1081,7 @@ class _Sender:
                 if job is None:  # not at once: the cause may still be there
                     self.over.wait(REPOSITORY_RETRY)
                 else:
-                    self._scheduler.ended(job)
+                    self._scheduler.abandon(job)
 
     def _carry(self, job: _Job) -> Sequence[_Job]:
         """Makes one request for the job, if it is still to be made; returns the jobs that are left of it."""
@@ -1545,7 +1558,7 @@ class SmsProxy:
         if idempotency_key is None:
             return Entry(message.to_message(self._generate_id()))
         content = "\0".join((idempotency_key, message.phone_number, message.message))
-        fingerprint = hashlib.sha256(content.encode()).digest()[:16]
+        fingerprint = hashlib.sha256(content.encode(errors="surrogatepass")).digest()[:16]
         return Entry(message.to_message(id_of_key(idempotency_key)), fingerprint)
 
     def accept_all(self, entries: Sequence[Entry]) -> list[Exception | None]:
@@ -1608,8 +1621,11 @@ class SmsProxy:
         left = self._batching.stop(timeout)
         # In a thread of its own: a client that hangs must not hold up the end.
         closing = threading.Thread(target=self._stop_client, name="smsproxy-closer-1", daemon=True)
-        closing.start()
-        closing.join(_rest(deadline))
+        try:
+            closing.start()
+            closing.join(_rest(deadline))
+        except RuntimeError:  # the system has no thread left
+            self._stop_client()
         if not self._updater.stop(None if deadline is None else _rest(deadline)):
             log.error("stopped before all delivery reports were applied")
         return left
@@ -1658,7 +1674,7 @@ class NewIds:
 
 def id_of_key(key: str) -> str:
     """The UUID of version 8 (RFC 9562, 5.8) that stands for an idempotency key."""
-    digits = hashlib.sha256(key.encode()).hexdigest()
+    digits = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
     return f"{digits[:8]}-{digits[8:12]}-8{digits[13:16]}-{_VARIANTS[digits[16]]}{digits[17:20]}-{digits[20:32]}"
 
 

@@ -536,11 +536,11 @@ class SqliteRepository(Repository):
             for each in jobs:
                 self._commit([each])
         elif middle:
-            parts = [_Job(job.change, items) for items in (job.items[:middle], job.items[middle:])]
-            for part in parts:
+            job.results = []
+            for items in (job.items[:middle], job.items[middle:]):  # each item gets to know what became of it
+                part = _Job(job.change, items)
                 self._commit([part])
-            job.error = parts[0].error or parts[1].error
-            job.results = [*(parts[0].results or ()), *(parts[1].results or ())]
+                job.results += [part.error] * len(items) if part.results is None else part.results
         elif type(error) is sqlite3.DatabaseError:
             if not self._damage:  # once: every message on a bad page comes here
                 log.error("%s is damaged: %s", self._path, error)

@@ -694,6 +694,36 @@ def test_a_durable_stop_lets_requests_end_and_leaves_the_rest_to_the_next_start(
     assert taken == it.accepted
 
 
+def test_what_is_claimed_while_a_durable_stop_begins_is_left_to_the_next_start(shop: MakeShop, world: World) -> None:
+    class Slow(Durable):
+        def claim(self, size: int, max_delay: float | None) -> Any:
+            claim = super().claim(size, max_delay)
+            world.wait(1.0)  # as a network would
+            return claim
+
+    it = shop(repository=Slow(0, clock=world.clock), batch_size=5, max_delay=1e6)
+    it.post(5)
+    world.wait(0.5)
+    assert it.client.stop(60) == 0
+    assert it.requests == []
+    assert it.repository.claim(5, 0.0).batch is not None
+
+
+def test_a_hand_over_that_fails_for_good_is_told_at_the_end(
+    shop: MakeShop, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    it = shop(batch_size=2)
+    with mock.patch.object(it.repository, "handed_over", side_effect=smsproxy.SmsProxyError("damaged")):
+        it.post(2)
+        world.wait(1.0)
+    it.post(2)
+    world.wait(1.0)
+    assert it.sizes == [2, 2]
+    assert it.client.stop(5) == 2
+    assert world.now == 2.0
+    assert caplog.records[-1].getMessage() == "stopped before these messages were handed over: m0 m1"
+
+
 def test_an_outage_over_a_restart_costs_no_message(shop: MakeShop, world: World) -> None:
     repository = Durable(0, clock=world.clock)
     it = shop(away(0.0, 100.0), repository=repository, batch_size=10, max_delay=0.0)

@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -179,6 +180,12 @@ def test_an_id_of_another_kind_tells_no_time(other: str) -> None:
 def test_no_two_ids_are_the_same() -> None:
     proxy = SmsProxy(Recorder())
     assert len({proxy.entry(HELLO).message.message_id for _ in range(2000)}) == 2000
+
+
+def test_any_string_can_be_a_key() -> None:
+    with SmsProxy(Recorder()) as proxy:
+        first, again = (proxy.send(SendMessage("48123456789", "Hi"), "\ud800") for _ in range(2))
+    assert first == again
 
 
 def test_a_key_has_one_id_for_ever() -> None:
@@ -530,3 +537,13 @@ def test_a_busy_run_logs_neither_numbers_nor_texts(caplog: pytest.LogCaptureFixt
             proxy.send(message, f"key {number}" if number % 3 else None)
     assert "gave up" in caplog.text and "handed over" in caplog.text and "reports" in caplog.text
     assert [each for message in messages for each in (message.phone_number, message.message) if each in caplog.text] == []
+
+
+def test_a_stop_when_the_system_has_no_thread_left_ends_the_client_and_the_updater(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = Recorder()
+    proxy = SmsProxy(provider)
+    proxy.start()
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    assert proxy.stop(HANG) == 0
+    assert provider.stopped.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("smsproxy-")]

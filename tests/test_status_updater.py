@@ -122,6 +122,13 @@ def test_updates_are_counted_by_result_and_final_statuses_by_status() -> None:
     assert [metrics.rows()["smsproxy_messages_final_total", label] for label in ("DELIVERED", "FAILED")] == [[2], [2]]
 
 
+def test_a_report_that_a_later_one_replaces_counts_as_applied_if_the_later_one_is() -> None:
+    metrics = Metrics()
+    updater_of(Watched("a"), {"a": "CONFIRMED", "x": "CONFIRMED"}, {"a": "DELIVERED", "x": "DELIVERED"}, metrics=metrics)
+    counts = {label: row[0] for (name, label), row in metrics.rows().items() if name == "smsproxy_status_updates_total"}
+    assert (counts["applied"], counts["unknown_message"]) == (2, 1)
+
+
 def test_the_time_from_acceptance_to_the_final_status_is_observed() -> None:
     message_id, metrics = smsproxy.NewIds()(), Metrics()
     now = (smsproxy.time_of(message_id) or 0) + 7
