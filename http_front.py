@@ -1,9 +1,9 @@
 """HTTP/1.1: bytes to requests, connections and their states, one selector loop for all of them.
 
-`Parser` cuts bytes into requests by the rules of RFC 9112 and knows no socket. `FrontHandler` is one
-connection: its state, the bytes still to be sent, a deadline. `FrontServer` is the loop: it accepts,
-reads without blocking and watches the deadlines; a slow or silent client costs it a dictionary entry,
-not a thread. What `route` chooses runs once a request is whole; it calls `respond`, raises
+`Parser` cuts bytes into requests by the rules of RFC 9112 and knows no socket. `Connection` has a
+socket, one state, the bytes still to be sent and a deadline; `FrontHandler`, its subclass, serves the
+requests of it. `FrontServer` is the loop: it accepts, reads without blocking and watches the deadlines;
+a slow or silent client costs it a dictionary entry, not a thread. What `route` chooses runs once a request is whole; it calls `respond`, raises
 `HttpError`, or calls `suspend` when the response comes later. Responses leave in the order of their
 requests. Nothing here knows of SMS.
 
@@ -253,25 +253,165 @@ class State(enum.Enum):
 IDLE, HEAD, BODY, BUSY, LAST, LINGERING, CLOSED = State
 
 
-class FrontHandler:
-    """One connection, driven by the loop of a `FrontServer`; subclasses say what responds to a request.
+class Connection:
+    """A socket that never blocks: its state, the bytes still to be sent, one deadline. The loop drives it.
 
-    While that runs, `request` is the request. Everything runs in the loop's thread and must not block.
+    A subclass serves what `parser` has received.
     """
 
     def __init__(self, connection: socket.socket, client_address: Any, server: Any) -> None:
         self.connection, self.server = connection, server
         self.client_address: Any = client_address or ("local",)
         self.parser = Parser(server.limits, server.parse_headers)
-        self.request = self.parser.request
         self.state, self.deadline = HEAD, NEVER
         self._out = b""  # responses that the socket has not taken yet
         self._write_blocked = False  # the socket takes no more of them for now
         self._half_closed = False  # the peer sends no more
         self._unread = False  # it may still send what is not for us
-        self._suspended = False
         self._renews = True  # the state has changed, so the deadline is to be set anew
         self._interest = 0  # what the selector watches the connection for
+
+    def advance(self) -> None:
+        """Serves the buffered requests in order, until one is not whole or a response has to wait."""
+        raise NotImplementedError
+
+    # For the loop
+
+    def ready(self, events: int) -> None:
+        """Moves on when the socket can be read or written."""
+        if events & WRITE:
+            self._flush()
+        if events & READ:
+            self._receive()
+        self.server.active[self] = None
+
+    def end_iteration(self) -> None:
+        """Sends the responses, closes what has come to its end, or tells the selector what to wait for."""
+        server = self.server
+        if self._out and not self._write_blocked:
+            self._flush()
+        if self._renews and not self._write_blocked:
+            self._expire_in(server.timeouts[self.state.label])
+        if self in server.active:  # there is more: once again
+            return
+        if self.state is LAST and not self._out:
+            self._linger()
+        if self._half_closed and not (self._out or self.state in (BUSY, CLOSED)):
+            self.drop("closed by the peer")
+        if self.state is not CLOSED:
+            waits = self._write_blocked or self.state is BUSY
+            reads = not (self._half_closed or (waits and len(self.parser.buffer) >= READ_AHEAD))
+            interest = (WRITE if self._write_blocked else 0) | (READ if reads else 0)
+            if interest != self._interest:
+                self._watch(interest)
+
+    def wind_down(self) -> None:
+        """At shutdown: serves what is there; half a request, and a peer that does not read, get a last call."""
+        self.ready(READ)
+        if self.state is not BUSY:
+            self._expire_in(self.deadline - self.server.now)
+
+    def drop(self, reason: str) -> None:
+        """Closes the connection now; a second call does nothing."""
+        if self.state is not CLOSED:
+            log.debug("%s connection closed: %s", self.client_address[0], reason)
+            if self._interest:
+                self._watch(0)
+            self._enter(CLOSED)
+            self._out = self.parser.buffer = b""
+            self.connection.close()
+            self.server.forget(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of a request has come and no response is under way."""
+        return self.state in (IDLE, HEAD) and not (self.parser.buffer or self._out)
+
+    # States and deadlines
+
+    def _enter(self, state: State) -> None:
+        if state.label not in self.state.followers:
+            raise RuntimeError(f"a connection cannot go from {self.state.label} to {state.label}")
+        self.state, self._renews = state, True
+
+    def _expire_in(self, seconds: float) -> None:
+        if self.server.stopping and self.state is not BUSY:
+            seconds = min(seconds, IDLE_CALL if self.idle else LAST_CALL)
+        self._renews = False
+        self.deadline = deadline = self.server.now + seconds
+        if deadline < self.server.soonest:
+            self.server.soonest = deadline
+
+    def _watch(self, interest: int) -> None:
+        selector = self.server.selector
+        if not self._interest:
+            selector.register(self.connection, interest, self.ready)
+        elif interest:
+            selector.modify(self.connection, interest, self.ready)
+        else:
+            selector.unregister(self.connection)
+        self._interest = interest
+
+    # Bytes in and out
+
+    def _receive(self) -> None:
+        if self.state is CLOSED:
+            return
+        try:
+            data = self.connection.recv(RECEIVE_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.drop(f"reading: {error}")
+            return
+        if not data:
+            self._half_closed = True  # the responses under way are still sent
+        elif self.state.serves or self.state is BUSY:
+            self.parser.buffer += data
+            self.advance()
+
+    def _flush(self) -> None:
+        """Sends what the socket takes of the responses; once it took all, serves what waited for that."""
+        try:
+            self._out = self._out[self.connection.send(self._out) :]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self.drop(f"writing: {error}")
+            return
+        if not self._out:
+            if self._write_blocked:
+                self._write_blocked, self._renews = False, True
+            if self.parser.buffer:
+                self.advance()
+        elif not self._write_blocked:
+            self._write_blocked = True
+            self._expire_in(self.server.limits.write_timeout)
+
+    def _linger(self) -> None:
+        """Closes after the last response. Bytes left unread would make the kernel send a reset, which can take the
+        response with it, so they are read and thrown away for a while (RFC 9112, 9.6)."""
+        if self._half_closed or not (self._unread or self.parser.buffer):
+            self.drop("done")
+            return
+        self._enter(LINGERING)
+        self.parser.buffer = b""
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            self.drop(f"closing: {error}")
+
+
+class FrontHandler(Connection):
+    """The requests of one connection; subclasses say what responds to them.
+
+    While that runs, `request` is the request. Everything runs in the loop's thread and must not block.
+    """
+
+    def __init__(self, connection: socket.socket, client_address: Any, server: Any) -> None:
+        super().__init__(connection, client_address, server)
+        self.request = self.parser.request
+        self._suspended = False
 
     # For subclasses to override
 
@@ -323,37 +463,9 @@ class FrontHandler:
         """Runs `call(*args)`, which responds to the suspended request; an error is translated."""
         if self.state is BUSY:
             self._run(call, *args)
-            self._advance()
+            self.advance()
 
     # For the loop
-
-    def ready(self, events: int) -> None:
-        """Moves on when the socket can be read or written."""
-        if events & WRITE:
-            self._flush()
-        if events & READ:
-            self._receive()
-        self.server.active[self] = None
-
-    def end_iteration(self) -> None:
-        """Sends the responses, closes what has come to its end, or tells the selector what to wait for."""
-        server = self.server
-        if self._out and not self._write_blocked:
-            self._flush()
-        if self._renews and not self._write_blocked:
-            self._expire_in(server.timeouts[self.state.label])
-        if self in server.active:  # there is more: once again
-            return
-        if self.state is LAST and not self._out:
-            self._linger()
-        if self._half_closed and not (self._out or self.state in (BUSY, CLOSED)):
-            self.drop("closed by the peer")
-        if self.state is not CLOSED:
-            waits = self._write_blocked or self.state is BUSY
-            reads = not (self._half_closed or (waits and len(self.parser.buffer) >= READ_AHEAD))
-            interest = (WRITE if self._write_blocked else 0) | (READ if reads else 0)
-            if interest != self._interest:
-                self._watch(interest)
 
     def expire(self) -> None:
         """At the deadline a request half received gets a 408; anything else is dropped."""
@@ -362,105 +474,8 @@ class FrontHandler:
         else:
             self.fail(HttpError(HTTPStatus.REQUEST_TIMEOUT, "the request took too long", close=True))
 
-    def wind_down(self) -> None:
-        """At shutdown: serves what is there; half a request, and a peer that does not read, get a last call."""
-        self.ready(READ)
-        if self.state is not BUSY:
-            self._expire_in(self.deadline - self.server.now)
-
-    def drop(self, reason: str) -> None:
-        """Closes the connection now; a second call does nothing."""
-        if self.state is not CLOSED:
-            log.debug("%s connection closed: %s", self.client_address[0], reason)
-            if self._interest:
-                self._watch(0)
-            self._enter(CLOSED)
-            self._out = self.parser.buffer = b""
-            self.connection.close()
-            self.server.forget(self)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing of a request has come and no response is under way."""
-        return self.state in (IDLE, HEAD) and not (self.parser.buffer or self._out)
-
-    @property
-    def _shown(self) -> str:
-        """The path for the logs, without what may be a phone number."""
-        return NUMBER.sub("/***", self.request.path)
-
-    def _enter(self, state: State) -> None:
-        if state.label not in self.state.followers:
-            raise RuntimeError(f"a connection cannot go from {self.state.label} to {state.label}")
-        self.state, self._renews = state, True
-
-    def _expire_in(self, seconds: float) -> None:
-        if self.server.stopping and self.state is not BUSY:
-            seconds = min(seconds, IDLE_CALL if self.idle else LAST_CALL)
-        self._renews = False
-        self.deadline = deadline = self.server.now + seconds
-        if deadline < self.server.soonest:
-            self.server.soonest = deadline
-
-    def _watch(self, interest: int) -> None:
-        selector = self.server.selector
-        if not self._interest:
-            selector.register(self.connection, interest, self.ready)
-        elif interest:
-            selector.modify(self.connection, interest, self.ready)
-        else:
-            selector.unregister(self.connection)
-        self._interest = interest
-
-    def _receive(self) -> None:
-        if self.state is CLOSED:
-            return
-        try:
-            data = self.connection.recv(RECEIVE_SIZE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self.drop(f"reading: {error}")
-            return
-        if not data:
-            self._half_closed = True  # the responses under way are still sent
-        elif self.state.serves or self.state is BUSY:
-            self.parser.buffer += data
-            self._advance()
-
-    def _flush(self) -> None:
-        """Sends what the socket takes of the responses; once it took all, serves what waited for that."""
-        try:
-            self._out = self._out[self.connection.send(self._out) :]
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError as error:
-            self.drop(f"writing: {error}")
-            return
-        if not self._out:
-            if self._write_blocked:
-                self._write_blocked, self._renews = False, True
-            if self.parser.buffer:
-                self._advance()
-        elif not self._write_blocked:
-            self._write_blocked = True
-            self._expire_in(self.server.limits.write_timeout)
-
-    def _linger(self) -> None:
-        """Closes after the last response. Bytes left unread would make the kernel send a reset, which can take the
-        response with it, so they are read and thrown away for a while (RFC 9112, 9.6)."""
-        if self._half_closed or not (self._unread or self.parser.buffer):
-            self.drop("done")
-            return
-        self._enter(LINGERING)
-        self.parser.buffer = b""
-        try:
-            self.connection.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            self.drop(f"closing: {error}")
-
-    def _advance(self) -> None:
-        """Serves the buffered requests in order, until one is not whole or a response has to wait."""
+    def advance(self) -> None:
+        """See `Connection`."""
         parser = self.parser
         while parser.buffer and self.state.serves and not self._write_blocked and len(self._out) < SEND_AHEAD:
             try:
@@ -516,8 +531,61 @@ class FrontHandler:
             else:  # it has responded: a second response would pass for the next request's
                 log.error("%s %s failed after its response", self.request.method, self._shown, exc_info=error)
 
+    @property
+    def _shown(self) -> str:
+        """The path for the logs, without what may be a phone number."""
+        return NUMBER.sub("/***", self.request.path)
+
 
 # The loop
+
+
+class Acceptor:
+    """Accepts connections, as many as the server may have; others wait in the backlog. For the loop's thread."""
+
+    def __init__(self, server: FrontServer) -> None:
+        self._server = server
+        self.accepting = False
+        self.again = NEVER  # when to accept again, if no connection closes before
+        self._exhausted_since: float | None = None  # when the process ran out of file descriptors
+
+    def start(self) -> None:
+        """Accepts from now on."""
+        self.accepting, self.again = True, NEVER
+        self._server.selector.register(self._server.socket, READ, self.ready)
+
+    def pause(self, seconds: float) -> None:
+        """Stops accepting until a connection closes, at most for so long."""
+        self._server.selector.unregister(self._server.socket)
+        self.accepting, self.again = False, self._server.now + seconds
+        self._server.soonest = min(self._server.soonest, self.again)
+
+    def ready(self, mask: int) -> None:
+        """Accepts who waits."""
+        server = self._server
+        for _ in range(ACCEPTS if self.accepting else 0):  # 0: the shutdown came in the same iteration
+            if server.open_connections >= server.limits.connections:
+                self.pause(NEVER)
+                return
+            try:
+                connection, address = server.get_request()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OUT_OF_RESOURCES:
+                    self._exhausted(error)
+                return
+            if self._exhausted_since is not None:
+                log.warning("accepting connections again after %.1f s", server.now - self._exhausted_since)
+                self._exhausted_since = None
+            connection.setblocking(False)
+            server.add(connection, address)
+
+    def _exhausted(self, error: OSError) -> None:
+        if self._exhausted_since is None:
+            self._exhausted_since = self._server.now
+            log.warning("not accepting connections for now: %s", error)
+        self.pause(ACCEPT_PAUSE)
 
 
 class FrontServer(HTTPServer):
@@ -546,11 +614,10 @@ class FrontServer(HTTPServer):
         self.now, self.soonest = time.monotonic(), NEVER  # no deadline of any connection is earlier than `soonest`
         self.date = b""  # the header of this second and the end of a head
         self._date_until = 0.0
-        self.active: dict[FrontHandler, None] = {}  # connections to look after at the end of this iteration
-        self._connections: set[FrontHandler] = set()
-        self._accepting = False
-        self._exhausted_since: float | None = None  # when the process ran out of file descriptors
-        self._accept_again = self._stop_at = NEVER
+        self.active: dict[Connection, None] = {}  # connections to look after at the end of this iteration
+        self._connections: set[Connection] = set()
+        self._acceptor = Acceptor(self)
+        self._stop_at = NEVER
         self._calls: deque[tuple[Any, ...]] = deque()
         self._woken = False  # a byte is on its way through the waker
         with contextlib.ExitStack() as undo:
@@ -573,7 +640,7 @@ class FrontServer(HTTPServer):
             # Accepted sockets inherit it: without it Nagle's algorithm holds small responses back.
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.selector.register(self._wakee, READ, self._wake)
-        self._accept_on()
+        self._acceptor.start()
 
     def server_bind(self) -> None:
         """Binds without the name look-up of `HTTPServer.server_bind`, which may take seconds."""
@@ -637,11 +704,17 @@ class FrontServer(HTTPServer):
             if name in parts:
                 parts[name].close()
 
-    def forget(self, handler: FrontHandler) -> None:
+    def add(self, connection: socket.socket, address: Any) -> None:
+        """Takes care of a new connection."""
+        handler = self._handler(connection, address, self)
+        self._connections.add(handler)
+        self.guard(handler.ready, READ)  # the request is mostly there already
+
+    def forget(self, handler: Connection) -> None:
         """Lets go of a connection, which makes room for the next."""
         self._connections.discard(handler)
-        if not self._accepting and not self.stopping:
-            self._accept_on()
+        if not self._acceptor.accepting and not self.stopping:
+            self._acceptor.start()
 
     def guard(self, call: Callable[..., None], *args: Any) -> None:
         """Runs `call(*args)` at the loop's boundary: an error of ours costs at most the connection it happened on."""
@@ -653,7 +726,7 @@ class FrontServer(HTTPServer):
     def _failed(self, call: Callable[..., None]) -> None:
         log.exception("the server's loop goes on after an error")
         handler = getattr(call, "__self__", None)
-        if isinstance(handler, FrontHandler):
+        if isinstance(handler, Connection):
             handler.drop("internal error")
 
     def _tick(self) -> None:
@@ -682,67 +755,30 @@ class FrontServer(HTTPServer):
         for _ in range(len(self._calls)):  # whatever comes later sends a byte of its own
             self.guard(*self._calls.popleft())
 
-    def _accept_on(self) -> None:
-        self._accepting, self._accept_again = True, NEVER
-        self.selector.register(self.socket, READ, self._accept)
-
-    def _accept_off(self, seconds: float) -> None:
-        """Stops accepting until a connection closes, at most for so long; others wait in the backlog."""
-        self.selector.unregister(self.socket)
-        self._accepting, self._accept_again = False, self.now + seconds
-        self.soonest = min(self.soonest, self._accept_again)
-
-    def _accept(self, mask: int) -> None:
-        for _ in range(ACCEPTS if self._accepting else 0):  # 0: the shutdown came in the same iteration
-            if len(self._connections) >= self.limits.connections:
-                self._accept_off(NEVER)
-                return
-            try:
-                connection, address = self.get_request()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in OUT_OF_RESOURCES:
-                    self._exhausted(error)
-                return
-            if self._exhausted_since is not None:
-                log.warning("accepting connections again after %.1f s", self.now - self._exhausted_since)
-                self._exhausted_since = None
-            connection.setblocking(False)
-            handler = self._handler(connection, address, self)
-            self._connections.add(handler)
-            self.guard(handler.ready, READ)  # the request is mostly there already
-
-    def _exhausted(self, error: OSError) -> None:
-        if self._exhausted_since is None:
-            self._exhausted_since = self.now
-            log.warning("not accepting connections for now: %s", error)
-        self._accept_off(ACCEPT_PAUSE)
-
     def _check_deadlines(self) -> None:
         self.soonest = NEVER
-        if self.now >= self._accept_again:
-            self._accept_on()
+        if self.now >= self._acceptor.again:
+            self._acceptor.start()
         for handler in list(self._connections):
             if self.now >= self._stop_at:
                 handler.drop("the shutdown took too long")
             elif self.now >= handler.deadline:
                 self.guard(handler.expire)
-        self.soonest = min(self._accept_again, self._stop_at, *(each.deadline for each in self._connections), NEVER)
+        self.soonest = min(self._acceptor.again, self._stop_at, *(each.deadline for each in self._connections), NEVER)
 
     def _begin_stopping(self, timeout: float) -> None:
         self._stop_at = min(self._stop_at, self.now + timeout)
         self.soonest = min(self.soonest, self._stop_at)
         if self.stopping:
             return
-        before = -1
-        while self._accepting and before < len(self._connections):  # those who have connected already are served
+        acceptor, before = self._acceptor, -1
+        while acceptor.accepting and before < len(self._connections):  # those who have connected already are served
             before = len(self._connections)
-            self._accept(READ)
+            acceptor.ready(READ)
         self.stopping = True
-        if self._accepting:
-            self._accept_off(NEVER)
-        self._accept_again = NEVER
+        if acceptor.accepting:
+            acceptor.pause(NEVER)
+        acceptor.again = NEVER
         self.socket.close()
         for handler in list(self._connections):
             self.guard(handler.wind_down)
