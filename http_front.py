@@ -3,9 +3,9 @@
 `Parser` cuts bytes into requests by the rules of RFC 9112 and knows no socket. `Connection` has a
 socket, one state, the bytes still to be sent and a deadline; `FrontHandler`, its subclass, serves the
 requests of it. `FrontServer` is the loop: it accepts, reads without blocking and watches the deadlines;
-a slow or silent client costs it a dictionary entry, not a thread. What `route` chooses runs once a request is whole; it calls `respond`, raises
-`HttpError`, or calls `suspend` when the response comes later. Responses leave in the order of their
-requests. Nothing here knows of SMS.
+a slow or silent client costs it a dictionary entry, not a thread. What `route` chooses runs once a
+request is whole; it calls `respond`, raises `HttpError`, or calls `suspend` when the response comes
+later. Responses leave in the order of their requests. Nothing here knows of SMS.
 
 An iteration of the loop first reads from everyone who is ready and sends the responses together at its
 end: waking the peers one by one in the middle of the work costs far more context switches (measured:
@@ -106,11 +106,14 @@ class Request:
     client: str = ""  # who sent it, for the log
 
 
+ParsedHeaders = tuple[Mapping[str, str], bool, int]  # as `parse_headers_of` returns them
+
+
 class Parser:
     """Cuts received bytes into requests. `request` is the latest, as far as it has come."""
 
     def __init__(
-        self, limits: Limits, parse_headers: Callable[[str, str, bool], tuple[Mapping[str, str], bool, int]] | None = None
+        self, limits: Limits, parse_headers: Callable[[str, str, bool], ParsedHeaders] | None = None
     ) -> None:
         self.request = Request()
         self.buffer = b""  # received, not yet cut
@@ -179,7 +182,7 @@ def _path(method: str, target: str) -> str:
     raise HttpError(HTTPStatus.BAD_REQUEST, "malformed request target (RFC 9112, 3.2)", close=True)
 
 
-def parse_headers_of(limits: Limits, section: str, method: str, old: bool) -> tuple[Mapping[str, str], bool, int]:
+def parse_headers_of(limits: Limits, section: str, method: str, old: bool) -> ParsedHeaders:
     """The headers by lower-case name, whether the connection ends after the request, and the length of its body."""
     if HEADER_LINES.fullmatch(section) is None:
         raise HttpError(HTTPStatus.BAD_REQUEST, "malformed header (RFC 9112, 5)", close=True)
@@ -211,7 +214,7 @@ def _body_length(headers: Mapping[str, str], method: str, old: bool, most: int) 
             raise HttpError(HTTPStatus.NOT_IMPLEMENTED, "unknown transfer coding", close=True)
     if length is None:
         if coding is not None or method == "POST":
-            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length; chunked bodies are not taken", close=True)
+            raise HttpError(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length, not chunks", close=True)
         return 0
     if DIGITS.fullmatch(length) is None:
         raise HttpError(HTTPStatus.BAD_REQUEST, "malformed Content-Length (RFC 9110, 8.6)", close=True)
@@ -248,6 +251,10 @@ class State(enum.Enum):
     def __init__(self, followers: str, timeout: str | float, serves: bool, owes: bool) -> None:
         self.followers, self.timeout, self.serves, self.owes = followers.split(), timeout, serves, owes
         self.label = self._name_  # plain attributes: `name` and a hash of a member cost a call each
+
+    def seconds(self, limits: Limits) -> float:
+        """The timeout."""
+        return getattr(limits, self.timeout) if isinstance(self.timeout, str) else self.timeout
 
 
 IDLE, HEAD, BODY, BUSY, LAST, LINGERING, CLOSED = State
@@ -605,9 +612,7 @@ class FrontServer(HTTPServer):
         listener: socket.socket | None = None,
     ) -> None:  # fmt: skip
         self.limits, self._handler = limits, handler
-        self.timeouts = {
-            each.label: getattr(limits, each.timeout) if isinstance(each.timeout, str) else each.timeout for each in State
-        }
+        self.timeouts = {state.label: state.seconds(limits) for state in State}
         self.parse_headers = functools.lru_cache(HEADERS_KEPT)(functools.partial(parse_headers_of, limits))
         self.stopping = False
         self.responses: Counter[tuple[str, int]] = Counter()
@@ -617,7 +622,7 @@ class FrontServer(HTTPServer):
         self.active: dict[Connection, None] = {}  # connections to look after at the end of this iteration
         self._connections: set[Connection] = set()
         self._acceptor = Acceptor(self)
-        self._stop_at = NEVER
+        self.stop_at = NEVER  # when a shutdown drops what is still open, by time.monotonic()
         self._calls: deque[tuple[Any, ...]] = deque()
         self._woken = False  # a byte is on its way through the waker
         with contextlib.ExitStack() as undo:
@@ -760,15 +765,15 @@ class FrontServer(HTTPServer):
         if self.now >= self._acceptor.again:
             self._acceptor.start()
         for handler in list(self._connections):
-            if self.now >= self._stop_at:
+            if self.now >= self.stop_at:
                 handler.drop("the shutdown took too long")
             elif self.now >= handler.deadline:
                 self.guard(handler.expire)
-        self.soonest = min(self._acceptor.again, self._stop_at, *(each.deadline for each in self._connections), NEVER)
+        self.soonest = min(self._acceptor.again, self.stop_at, *(each.deadline for each in self._connections), NEVER)
 
     def _begin_stopping(self, timeout: float) -> None:
-        self._stop_at = min(self._stop_at, self.now + timeout)
-        self.soonest = min(self.soonest, self._stop_at)
+        self.stop_at = min(self.stop_at, self.now + timeout)
+        self.soonest = min(self.soonest, self.stop_at)
         if self.stopping:
             return
         acceptor, before = self._acceptor, -1
@@ -785,8 +790,8 @@ class FrontServer(HTTPServer):
 
 
 def _started_pool(workers: int) -> ThreadPoolExecutor:
-    """A pool whose threads all run: it would start them one by one with the work, and `submit` queues the work before it
-    says that the system has no thread left."""
+    """A pool whose threads all run. It would start them one by one with the work, and `submit` queues the work before
+    it says that the system has no thread left."""
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="smsproxy-http")
     barrier = threading.Barrier(workers + 1)
     try:

@@ -125,8 +125,8 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[str], Any], str | None, str], ...]] 
     ),
     "keeping": (
         ("db", text, None, "SQLite file or postgresql:// URL that keeps messages and statuses (default: memory)"),
-        ("retention", number(float, 0), f"{RETENTION:g}", "seconds to remember a message after its last change; 0: ever"),
-        ("lease", number(float, 3), "30", "seconds until others send the batches of a process that is gone (PostgreSQL)"),
+        ("retention", number(float, 0), f"{RETENTION:g}", "seconds to remember a message that is not pending; 0: ever"),
+        ("lease", number(float, 3), "30", "PostgreSQL: seconds until others send the batches of a dead process"),
     ),
     "running": (
         ("drain-timeout", number(float, 0, 1e9), "10", "seconds to hand over what is pending when told to stop"),
@@ -304,9 +304,9 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's time (UTC), level, logger, thread, message and, if any, exception."""
-        stamp = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(timespec="milliseconds")
-        doc = {"time": stamp, "level": record.levelname, "logger": record.name, "thread": record.threadName,
-               "message": record.getMessage()}  # fmt: skip
+        stamp = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        doc = {"time": stamp.isoformat(timespec="milliseconds"), "level": record.levelname, "logger": record.name,
+               "thread": record.threadName, "message": record.getMessage()}  # fmt: skip
         if record.exc_info:
             doc["exception"] = self.formatException(record.exc_info)
         return json.dumps(doc)
@@ -384,11 +384,8 @@ def run(options: argparse.Namespace, environ: Mapping[str, str], signals: Signal
             signal.set_wakeup_fd(server.wakeup_fd, warn_on_full_buffer=False)  # whichever thread gets the signal
             undo.callback(signal.set_wakeup_fd, -1)
             log.info("%d messages wait in the outbox", repository.backlog())
-            deadline = math.inf
 
             def stop() -> None:  # in a signal handler: it may interrupt a thread that holds a lock, so it takes none
-                nonlocal deadline
-                deadline = time.monotonic() + options.drain_timeout
                 server.shutdown(options.drain_timeout)
                 server.call_soon(proxy.drain)  # side by side with the end of HTTP, not after it
 
@@ -401,7 +398,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str], signals: Signal
         server.serve_forever()
         notify(environ, "STOPPING=1")
         log.info("stopping: no new requests; handing over what is pending")
-        left = proxy.stop(max(0.0, deadline - time.monotonic()))
+        left = proxy.stop(max(0.0, server.stop_at - time.monotonic()))
         kept = repository.backlog() if repository.durable else 0
     if left:
         log.error("stopped; %d messages could not be handed over", left)

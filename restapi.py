@@ -38,7 +38,7 @@ log = logging.getLogger("smsproxy.rest")
 ALIASES = {"/sms/": "/sms", "*": "other"}  # what the metrics call a path
 GUARDED = {"/sms", "/sms/", "/sms/<id>", "/metrics"}  # need an API key, if there are any
 FIELDS = {"phone_number": "PhoneNumber", "message": "Content"}  # the domain's names and ours
-REFUSALS: dict[type[BaseException], tuple[int, int | None]] = {  # error of the domain → status, seconds before another try
+REFUSALS: dict[type[BaseException], tuple[int, int | None]] = {  # error → status, seconds before another try
     IdempotencyError: (HTTPStatus.UNPROCESSABLE_ENTITY, None),
     OverloadedError: (HTTPStatus.SERVICE_UNAVAILABLE, 1),
     RepositoryUnavailableError: (HTTPStatus.SERVICE_UNAVAILABLE, 5),
@@ -79,8 +79,9 @@ def page_headers(page: bytes) -> dict[str, str]:
     hashes = {tag: base64.b64encode(hashlib.sha256(text).digest()).decode()
               for tag, text in re.findall(rb"<(script|style)>(.*?)</", page, re.DOTALL)}  # fmt: skip
     policy = (
-        f"default-src 'none'; script-src 'sha256-{hashes.get(b'script', '')}'; style-src 'sha256-{hashes.get(b'style', '')}';"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+        f"default-src 'none'; script-src 'sha256-{hashes.get(b'script', '')}';"
+        f" style-src 'sha256-{hashes.get(b'style', '')}'; connect-src 'self'; img-src data:; base-uri 'none';"
+        " form-action 'none'; frame-ancestors 'none';"
         " require-trusted-types-for 'script'; trusted-types 'none'"
     )
     return {"Content-Security-Policy": policy, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
@@ -88,7 +89,7 @@ def page_headers(page: bytes) -> dict[str, str]:
 
 
 class Group:
-    """What the requests of one iteration of the loop ask for, asked for together at its end. For the loop's thread only.
+    """What the requests of one iteration of the loop ask for, asked for together at its end. In the loop's thread.
 
     If that may block it is done in a worker, `lanes` groups at a time; whatever comes meanwhile shares the next one.
     """
@@ -372,23 +373,27 @@ _STARTED = time.time() - time.process_time()  # as near as a module can tell
 def _exposition(server: SmsServer, gauges: Mapping[str, float]) -> Iterator[str]:
     """The lines of Prometheus text format 0.0.4."""
     rows = server.proxy.metrics.rows()
-    connections = {"smsproxy_http_connections": server.open_connections, "smsproxy_http_connections_limit": server.limits.connections}
-    figures = {**gauges, **_process(), **connections}
+    figures = {**gauges, **_process(), "smsproxy_http_connections": server.open_connections,
+               "smsproxy_http_connections_limit": server.limits.connections}  # fmt: skip
     rows.update({(name, ""): [value] for name, value in figures.items()})
     for family in (*FAMILIES, *HTTP_FAMILIES):
         yield from (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}")
         for value in family.values:
             labels = f'{family.label}="{value}"' if family.label else ""
             row = rows[family.name, value]
-            yield from _histogram(family, labels, row) if family.bounds else [f"{_series(family.name, labels)} {row[0]:.15g}"]
+            if family.bounds:
+                yield from _histogram(family, labels, row)
+            else:
+                yield f"{_series(family.name, labels)} {row[0]:.15g}"
     yield from ("# HELP smsproxy_http_responses_total HTTP responses, by route and code.",
                 "# TYPE smsproxy_http_responses_total counter")  # fmt: skip
     names = {ALIASES.get(path, path) for path in ROUTES}
     responses = {**{(name, code): 0 for name in sorted(names) for code in CODES}, **server.responses}
     for (name, code), count in responses.items():
         yield f'smsproxy_http_responses_total{{route="{name}",code="{code:d}"}} {count}'
+    labels = f'version="{server.version}",python="{platform.python_version()}"'
     yield from ("# HELP smsproxy_build_info Which program this is.", "# TYPE smsproxy_build_info gauge",
-                f'smsproxy_build_info{{version="{server.version}",python="{platform.python_version()}"}} 1')  # fmt: skip
+                f"{_series('smsproxy_build_info', labels)} 1")  # fmt: skip
 
 
 def _series(name: str, labels: str) -> str:

@@ -157,7 +157,7 @@ _INTERNAL: dict[str, MessageStatus] = {status: MessageStatus(status.value) for s
 
 def map_to_internal_status(status: object) -> MessageStatus:
     """The proxy's status for one of FastSMSing's; raises `UnknownStatusError`."""
-    if isinstance(status, str) and (known := _INTERNAL.get(status)) is not None:  # a str enum's members equal their values
+    if isinstance(status, str) and (known := _INTERNAL.get(status)) is not None:
         return known
     word = isinstance(status, str) and len(status) <= 30 and status.isupper() and status.isidentifier()
     raise UnknownStatusError(f"unknown status {status if word else type(status).__name__}")
@@ -578,10 +578,10 @@ FAMILIES = (
            ("handed_over", "split", "given_up")),
     Family("smsproxy_batch_messages", "histogram", "Messages in a request.",
            bounds=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)),
-    Family("smsproxy_provider_requests_total", "counter", "Requests to FastSMSing; each is billed.", "result", _RESULTS),
-    Family("smsproxy_provider_request_duration_seconds", "histogram", "Time that a request to FastSMSing took.", "result",
-           _RESULTS, _SHORT),
-    Family("smsproxy_handover_wait_seconds", "histogram", "Time from acceptance to the request that handed the message over.",
+    Family("smsproxy_provider_requests_total", "counter", "Requests to FastSMSing, billed each.", "result", _RESULTS),
+    Family("smsproxy_provider_request_duration_seconds", "histogram", "Duration of requests to FastSMSing.",
+           "result", _RESULTS, _SHORT),
+    Family("smsproxy_handover_wait_seconds", "histogram", "Time from acceptance to the hand-over.",
            bounds=_LONG),
     Family("smsproxy_final_status_seconds", "histogram", "Time from acceptance to a final status.", bounds=_LONG),
     Family("smsproxy_status_updates_total", "counter", "Delivery reports, by what became of them.", "result",
@@ -593,7 +593,7 @@ FAMILIES = (
     Family("smsproxy_oldest_pending_message_age_seconds", "gauge", "Age of the oldest pending message, 0 without one."),
     Family("smsproxy_database_bytes", "gauge", "Size of the database file, 0 without one."),
     Family("smsproxy_circuit_breaker_open_seconds", "gauge", "Time since requests stopped, 0 while they are made."),
-    Family("smsproxy_circuit_breaker_next_try_seconds", "gauge", "Time until the next request while the breaker is open."),
+    Family("smsproxy_circuit_breaker_next_try_seconds", "gauge", "Time until the next request, if open."),
 )  # fmt: skip
 
 
@@ -869,8 +869,8 @@ class _Scheduler:
         self._claiming = False
         self._retries: list[_Job] = []
         self._under_way: set[_Job] = set()
-        self._abandoned: list[_Job] = []  # an error of ours stopped them; nobody knows whether they were handed over
-        self._waiting = 1  # messages that nobody claimed: what the last look found and what was saved since; never too few
+        self._abandoned: list[_Job] = []
+        self._waiting = 1  # unclaimed messages: what the last look found and what was saved since; never too few
         self._saved = self._saving = 0
         self._draining = self._closed = self._over = False
 
@@ -962,12 +962,12 @@ class _Scheduler:
     def _ready(self, now: float) -> _Job | None:
         """Starts the retry that has been ready for longest, if requests may start."""
         job = min(self._retries, key=lambda job: job.not_before, default=None)
-        if job is None or job.not_before > now or self._wait(now) != 0:
-            return None
-        self._retries.remove(job)
-        self._under_way.add(job)
-        self._breaker.begin(job)
-        return job
+        if job is not None and job.not_before <= now and self._wait(now) == 0:
+            self._retries.remove(job)
+            self._under_way.add(job)
+            self._breaker.begin(job)
+            return job
+        return None
 
     def _until_retry(self, now: float) -> float | None:
         return min((max(0.0, job.not_before - now) for job in self._retries), default=None)
@@ -1009,7 +1009,7 @@ class _Scheduler:
                 self._quiet.notify_all()
 
     def abandon(self, job: _Job) -> None:
-        """An error of ours stopped the job."""
+        """An error of ours stopped the job; nobody knows whether its messages were handed over."""
         with self._lock:
             self._abandoned.append(job)
         self.ended(job)
@@ -1028,7 +1028,7 @@ class _Scheduler:
             }  # fmt: skip
 
     def drain(self) -> None:
-        """From now on messages do not linger and backoffs are short; of a durable outbox nothing is claimed any more."""
+        """From now on nothing lingers and backoffs are short; of a durable outbox nothing is claimed any more."""
         with self._lock:
             now, self._draining = self._clock(), True
             self._breaker.hasten(now)
@@ -1037,8 +1037,7 @@ class _Scheduler:
             self._looker.notify()
 
     def close(self, timeout: float | None) -> tuple[list[_Job], list[_Job]]:
-        """Refuses messages, waits for what is to be done, ends the senders; returns the retries, and the jobs that are
-        under way or were abandoned."""
+        """Refuses messages, waits for what is to be done, ends the senders; returns the retries and unfinished jobs."""
         with self._lock:
             self._closed = True
             self._quiet.wait_for(self._is_quiet, timeout)
@@ -1278,7 +1277,7 @@ class SimpleBatchingClient:
         }
 
     def health(self) -> tuple[list[str], list[str]]:
-        """Why this instance should get no traffic, and what else an operator should know. May block for the repository."""
+        """Why this instance should get no traffic, and other warnings. May block for the repository."""
         gauges, warnings = self.gauges(), []
         reasons = ["queue full"] if gauges["smsproxy_pending_messages"] >= self._config.max_pending else []
         if self._given_up_before is None:
@@ -1293,7 +1292,7 @@ class SimpleBatchingClient:
 
     def drain(self) -> None:
         """Prepares the end: nothing lingers any more, and what failed is tried again soon; in a durable outbox the
-        messages that no request carries stay. Messages are still accepted. Returns at once; a second call does nothing."""
+        messages that no request carries stay. Messages are still accepted. Returns at once; may be called again."""
         if self._given_up_before is None:
             self._given_up_before = self._metrics.total("smsproxy_messages_given_up_total")
             self._scheduler.drain()
@@ -1465,7 +1464,8 @@ class StatusUpdater:
         self._metrics.add("smsproxy_status_updates_total", "applied", reports)
         now = self._wall_clock()
         times = [time_of(each) for each, update in applied.items() if update is not MessageStatus.CONFIRMED]
-        self._metrics.observe("smsproxy_final_status_seconds", [max(0.0, now - each) for each in times if each is not None])
+        ages = [max(0.0, now - each) for each in times if each is not None]
+        self._metrics.observe("smsproxy_final_status_seconds", ages)
         if counts[MessageStatus.FAILED]:
             failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
             log.info("FastSMSing reports %d messages as FAILED: %s", len(failed), " ".join(failed))
@@ -1483,7 +1483,8 @@ class StatusUpdater:
             self.errors.put_nowait(failure)  # nobody else puts
         for kind, alike in kinds.items():
             self._metrics.add("smsproxy_status_updates_total", self.RESULTS.get(kind, "error"), len(alike))
-            level = logging.DEBUG if kind is StatusTransitionError else logging.WARNING  # repeated or overtaken: no harm
+            harmless = kind is StatusTransitionError  # repeated or overtaken
+            level = logging.DEBUG if harmless else logging.WARNING
             log.log(level, "%d status updates were not applied (%s), the first of message %.80r",
                     len(alike), describe(alike[0].error), alike[0].message_id)  # fmt: skip
 
@@ -1595,7 +1596,7 @@ class SmsProxy:
         return self._batching.gauges()
 
     def health(self) -> tuple[list[str], list[str]]:
-        """Why this instance should get no traffic, and what else an operator should know. May block for the repository."""
+        """Why this instance should get no traffic, and other warnings. May block for the repository."""
         reasons: list[str] = []
         warnings: list[str] = []
         try:

@@ -21,8 +21,8 @@ from typing import Any
 from fastsmsing import Message
 from smsproxy import (
     FORGET_STEP, RETENTION, STATUS_OF, TRANSITIONS, Batch, Claim, DuplicateMessageError, Entry, Incident, MessageStatus,
-    OverloadedError, Reason, Repository, RepositoryUnavailableError, SmsProxyError, UnknownMessageError, check_transition,
-    time_to_claim,
+    OverloadedError, Reason, Repository, RepositoryUnavailableError, SmsProxyError, UnknownMessageError,
+    check_transition, time_to_claim,
 )  # fmt: skip
 
 __all__ = ["SqliteRepository", "check_file"]
@@ -83,18 +83,22 @@ _IDS = f"({', '.join('?' * ROWS)})"
 INSERT_MESSAGES = f"""
     INSERT INTO message (id, status, fingerprint)
     SELECT column1, 'ACCEPTED', column2 FROM (VALUES {_values(2)}) WHERE column1 IS NOT NULL
-    ON CONFLICT (id) DO UPDATE SET status = 'ACCEPTED', reason = NULL, changed_at = NULL, fingerprint = excluded.fingerprint
+    ON CONFLICT (id) DO UPDATE
+    SET status = 'ACCEPTED', reason = NULL, changed_at = NULL, fingerprint = excluded.fingerprint
     WHERE message.changed_at <= ? RETURNING id
 """
 INSERT_OUTBOX = f"""
     INSERT INTO outbox ({', '.join(COLUMNS)})
     SELECT * FROM (VALUES {_values(len(COLUMNS))}) WHERE column1 IS NOT NULL
 """
+_BEFORE = {  # the statuses that may lead to a status
+    status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "NULL"
+    for status in MessageStatus
+}
 UPDATE_MESSAGES = {  # by the status that they get
     status: f"""
-    UPDATE message SET status = '{status.value}', reason = ?, changed_at = ? WHERE id IN {_IDS}
-    AND (changed_at IS NULL OR changed_at > ?) AND status IN ({', '.join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or 'NULL'})
-    RETURNING id
+    UPDATE message SET status = '{status.value}', reason = ?, changed_at = ?
+    WHERE id IN {_IDS} AND (changed_at IS NULL OR changed_at > ?) AND status IN ({_BEFORE[status]}) RETURNING id
     """
     for status in MessageStatus
 }
@@ -148,7 +152,7 @@ def _connect(path: str, timeout: float = BUSY_TIMEOUT) -> sqlite3.Connection:
 
 
 def _create_private(path: str) -> None:
-    """Makes a file that does not exist yet, for its owner's eyes only; SQLite gives the files beside it the same mode."""
+    """Makes a file that does not exist yet, for its owner's eyes only; SQLite gives those beside it the same mode."""
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
@@ -315,7 +319,7 @@ class _Tables:
         return [None]
 
 
-# The repository
+# Writing
 
 
 @dataclass(slots=True)
@@ -328,191 +332,48 @@ class _Job:
     error: Exception | None = None
 
 
-class SqliteRepository(Repository):
-    """A repository in one file, for one process at a time. Methods block until their change is on disk.
+class _Writer:
+    """Group commit: of the threads that wait to write, the one that gets the connection commits for all."""
 
-    Raises `RepositoryUnavailableError` when the file cannot be used, at once when it is made, and then
-    whenever it cannot be written (the disk is full, someone else holds it); nothing is half-written,
-    and the next change is tried afresh. What a damaged page makes impossible fails alone, and `check`
-    tells. Times pass by `clock` from the moment the file is opened, so that a jump of the wall clock
-    changes nothing; only a start reads the wall clock.
-    """
-
-    blocking = True
-    durable = True
-
-    def __init__(
-        self, path: str, retention: float = RETENTION, *,
-        clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
-        self._path, self._retention, self._clock = os.path.realpath(path), retention, clock
-        with contextlib.ExitStack() as undo, _translated(self._path):
-            self._process_lock = undo.enter_context(contextlib.closing(_lock_file(self._path)))
-            db = undo.enter_context(contextlib.closing(_open(self._path)))
-            # What turns our clock into seconds since 1970. Time goes on where the file left it when the wall clock was
-            # set back meanwhile: otherwise its messages would wait until they are as old as the clock thinks.
-            self._epoch = max(wall_clock(), db.execute(NEWEST).fetchone()[0]) - clock()
-            self._tables = _Tables(db, retention, lambda: clock() + self._epoch)
-            undo.pop_all()
-        self._incident = Incident(log, f"{self._path} cannot be written")
-        self._damage = ""  # what was found damaged
-        self._forget_at = -math.inf  # by our clock: nothing is due before
-        self._writing = threading.Lock()  # held by the thread that commits for all
-        self._claims = threading.Lock()  # guards the next two; claims read the file under it, one at a time
-        self._cursor = 0  # no message up to this seq can be claimed, but for released ones, which reset it
-        self._claimed: dict[str, int] = {}  # seq by ID
-        self._lock = threading.Lock()  # guards everything below
-        self._jobs: list[_Job] = []  # no more than there are threads that wait for them
-        self._readers: list[sqlite3.Connection] = []  # open and not in use
+    def __init__(self, path: str, tables: _Tables) -> None:
+        self._path, self._tables = path, tables
+        self._incident = Incident(log, f"{path} cannot be written")
+        self.damage = ""  # what was found damaged
+        self._committing = threading.Lock()  # held by the thread that commits for all; guards the tables and `_closed`
         self._closed = False
+        self._lock = threading.Lock()  # guards _jobs
+        self._jobs: list[_Job] = []  # no more than there are threads that wait for them
 
-    def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
-        """See `Repository`."""
-        results = self._change(partial(self._tables.insert, max_pending), entries)
-        now = self._clock()
-        for entry in entries:
-            entry.accepted_at = now
-        return results
-
-    def get(self, message_id: str) -> MessageStatus:
-        """See `Repository`; the status as last acknowledged."""
-        with self._reader() as db:
-            return self._tables.status(db, message_id)
-
-    def reason(self, message_id: str) -> Reason | None:
-        """See `Repository`."""
-        with self._reader() as db:
-            limit = self._tables.limit()
-            row = db.execute(STATUS, (message_id, limit)).fetchone() if _storable(message_id) else None
-        return Reason(row[1]) if row and row[1] else None
-
-    def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
-        """See `Repository`."""
-        errors: dict[str, Exception] = {
-            each: UnknownMessageError(f"message {each!r} is not known") for each in updates if not _storable(each)
-        }
-        items = [item for item in updates.items() if item[0] not in errors]
-        results = self._change(self._tables.update, items)
-        errors.update((message_id, error) for (message_id, _), error in zip(items, results) if error is not None)
-        self._forget_claims(updates.keys() - errors.keys())
-        return errors
-
-    def claim(self, size: int, max_delay: float | None) -> Claim:
-        """See `Repository`. One SELECT."""
-        with self._claims, self._reader() as db:
-            limit = min(size, 2**62) + 1 + len(self._claimed)
-            rows = [row for row in db.execute(CLAIM, (self._cursor, limit)) if row[1] not in self._claimed]
-            now = self._clock()
-            age = now + self._epoch - rows[0][2] if rows else 0.0
-            wait = time_to_claim(len(rows), size, age, max_delay)
-            if wait != 0.0:
-                return Claim(None, len(rows), wait)
-            taken, waiting = rows[:size], len(rows[size:])
-            self._cursor = taken[-1][0]
-            self._claimed.update((row[1], row[0]) for row in taken)
-        entries = [Entry(Message(phone_number, content, each), None, min(now, accepted_at - self._epoch))
-                   for _, each, accepted_at, phone_number, content in taken]  # fmt: skip
-        return Claim(Batch(tuple(entries)), waiting)
-
-    def release(self, batch: Batch) -> None:
-        """See `Repository`."""
-        with self._claims:
-            seqs = [self._claimed.pop(message_id) for message_id in batch.ids if message_id in self._claimed]
-            self._cursor = min([self._cursor, *(seq - 1 for seq in seqs)])
-
-    def handed_over(self, batch: Batch) -> None:
-        """See `Repository`."""
-        for error in self._change(self._tables.hand_over, [each for each in batch.ids if _storable(each)]):
-            if error is not None:  # one message's own: trying again would not help
-                raise SmsProxyError(str(error)) from error
-        self._forget_claims(batch.ids)
-
-    def backlog(self) -> int:
-        """See `Repository`. Never blocks."""
-        return self._tables.backlog
-
-    def oldest(self) -> float | None:
-        """See `Repository`."""
-        with self._reader() as db:
-            row = db.execute("SELECT accepted_at FROM outbox ORDER BY seq LIMIT 1").fetchone()
-        return max(0.0, self._clock() + self._epoch - row[0]) if row else None
-
-    def size(self) -> int:
-        """See `Repository`."""
-        return sum(os.path.getsize(path) for path in (self._path, self._path + "-wal") if os.path.exists(path))
-
-    def forget(self) -> float | None:
-        """See `Repository`. Nothing is read or written before something may be due."""
-        if not self._retention:
-            return None
-        wait = self._forget_at - self._clock()
-        if wait <= 0:
-            wait = self._change(self._tables.forget, [None])[0]
-            self._forget_at = self._clock() + wait
-        return wait
-
-    def check(self) -> None:
-        """See `Repository`. Writes to the file."""
-        if self._damage:
-            raise RepositoryUnavailableError(f"the database is damaged: {self._damage}")
-        self._change(self._tables.touch, [None])
-
-    def close(self) -> None:
-        """Closes the file; later calls raise `RepositoryUnavailableError`."""
-        with self._writing, self._lock:
-            self._closed = True
-            for db in (*self._readers, self._tables.db, self._process_lock):
-                db.close()
-
-    @contextlib.contextmanager
-    def _reader(self) -> Iterator[sqlite3.Connection]:
-        """A connection for one read. The pool grows to the peak number of concurrent reads."""
-        with self._lock:
-            self._check_open()
-            db = self._readers.pop() if self._readers else None
-        with _translated(self._path):
-            db = db or _connect(self._path)
-            try:
-                yield db
-            except sqlite3.DatabaseError as error:
-                if type(error) is sqlite3.DatabaseError:
-                    self._damage = str(error)
-                raise
-            finally:
-                with self._lock:
-                    if self._closed:
-                        db.close()
-                    else:
-                        self._readers.append(db)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RepositoryUnavailableError(f"{self._path}: closed")
-
-    def _forget_claims(self, ids: Iterable[str]) -> None:
-        with self._claims:
-            for message_id in ids:
-                self._claimed.pop(message_id, None)
-
-    # Writing
-
-    def _change(self, change: Callable[[Any], list[Any]], items: Sequence[Any]) -> list[Any]:
+    def change(self, change: Callable[[Any], list[Any]], items: Sequence[Any]) -> list[Any]:
         """Makes the change in a transaction with those of all threads that wait at the time."""
         if not items:
             return []
         job = _Job(change, items)
         with self._lock:
-            self._check_open()
             self._jobs.append(job)
-        with self._writing:
+        with self._committing:
             if job.results is None and job.error is None:  # otherwise another thread has done it
+                if self._closed:
+                    raise RepositoryUnavailableError(f"{self._path}: closed")
                 with self._lock:
-                    self._check_open()
                     jobs, self._jobs = self._jobs, []
                 self._commit(jobs)
         if job.error is not None:
             raise job.error
         return job.results or []
+
+    def change_one(self, change: Callable[[Any], list[Any]], item: Any = None) -> Any:
+        """`change` for one item; raises what failed."""
+        result = self.change(change, [item])[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """Closes the connection once no change is under way."""
+        with self._committing:
+            self._closed = True
+            self._tables.db.close()
 
     def _commit(self, jobs: Sequence[_Job]) -> None:
         """Makes the jobs one transaction. One that fails by itself is tried again alone, and then its halves,
@@ -542,9 +403,9 @@ class SqliteRepository(Repository):
                 self._commit([part])
                 job.results += [part.error] * len(items) if part.results is None else part.results
         elif type(error) is sqlite3.DatabaseError:
-            if not self._damage:  # once: every message on a bad page comes here
+            if not self.damage:  # once: every message on a bad page comes here
                 log.error("%s is damaged: %s", self._path, error)
-            self._damage = str(error)
+            self.damage = str(error)
             job.results = [RepositoryUnavailableError(f"the database is damaged: {error}")]
         else:
             job.results = [error]
@@ -561,3 +422,168 @@ class SqliteRepository(Repository):
                 db.execute("ROLLBACK")
             raise
         return results
+
+
+# The repository
+
+
+class SqliteRepository(Repository):
+    """A repository in one file, for one process at a time. Methods block until their change is on disk.
+
+    Raises `RepositoryUnavailableError` when the file cannot be used, at once when it is made, and then
+    whenever it cannot be written (the disk is full, someone else holds it); nothing is half-written,
+    and the next change is tried afresh. What a damaged page makes impossible fails alone, and `check`
+    tells. Times pass by `clock` from the moment the file is opened, so that a jump of the wall clock
+    changes nothing; only a start reads the wall clock.
+    """
+
+    blocking = True
+    durable = True
+
+    def __init__(
+        self, path: str, retention: float = RETENTION, *,
+        clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._path, self._retention, self._clock = os.path.realpath(path), retention, clock
+        with contextlib.ExitStack() as undo, _translated(self._path):
+            self._process_lock = undo.enter_context(contextlib.closing(_lock_file(self._path)))
+            db = undo.enter_context(contextlib.closing(_open(self._path)))
+            # What turns our clock into seconds since 1970. Time goes on where the file left it when the wall clock was
+            # set back meanwhile: otherwise its messages would wait until they are as old as the clock thinks.
+            self._epoch = max(wall_clock(), db.execute(NEWEST).fetchone()[0]) - clock()
+            self._tables = _Tables(db, retention, lambda: clock() + self._epoch)
+            undo.pop_all()
+        self._writer = _Writer(self._path, self._tables)
+        self._forget_at = -math.inf  # by our clock: nothing is due before
+        self._claims = threading.Lock()  # guards the next two; claims read the file under it, one at a time
+        self._cursor = 0  # no message up to this seq can be claimed, but for released ones, which reset it
+        self._claimed: dict[str, int] = {}  # seq by ID
+        self._lock = threading.Lock()  # guards everything below
+        self._readers: list[sqlite3.Connection] = []  # open and not in use
+        self._closed = False
+
+    def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
+        """See `Repository`."""
+        results = self._writer.change(partial(self._tables.insert, max_pending), entries)
+        now = self._clock()
+        for entry in entries:
+            entry.accepted_at = now
+        return results
+
+    def get(self, message_id: str) -> MessageStatus:
+        """See `Repository`; the status as last acknowledged."""
+        with self._reader() as db:
+            return self._tables.status(db, message_id)
+
+    def reason(self, message_id: str) -> Reason | None:
+        """See `Repository`."""
+        with self._reader() as db:
+            limit = self._tables.limit()
+            row = db.execute(STATUS, (message_id, limit)).fetchone() if _storable(message_id) else None
+        return Reason(row[1]) if row and row[1] else None
+
+    def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
+        """See `Repository`."""
+        errors: dict[str, Exception] = {
+            each: UnknownMessageError(f"message {each!r} is not known") for each in updates if not _storable(each)
+        }
+        items = [item for item in updates.items() if item[0] not in errors]
+        results = self._writer.change(self._tables.update, items)
+        errors.update((message_id, error) for (message_id, _), error in zip(items, results) if error is not None)
+        self._forget_claims(updates.keys() - errors.keys())
+        return errors
+
+    def claim(self, size: int, max_delay: float | None) -> Claim:
+        """See `Repository`. One SELECT."""
+        with self._claims, self._reader() as db:
+            limit = min(size, 2**62) + 1 + len(self._claimed)
+            rows = [row for row in db.execute(CLAIM, (self._cursor, limit)) if row[1] not in self._claimed]
+            now = self._clock()
+            age = now + self._epoch - rows[0][2] if rows else 0.0
+            wait = time_to_claim(len(rows), size, age, max_delay)
+            if wait != 0.0:
+                return Claim(None, len(rows), wait)
+            taken, waiting = rows[:size], len(rows[size:])
+            self._cursor = taken[-1][0]
+            self._claimed.update((row[1], row[0]) for row in taken)
+        entries = [Entry(Message(phone_number, content, each), None, min(now, accepted_at - self._epoch))
+                   for _, each, accepted_at, phone_number, content in taken]  # fmt: skip
+        return Claim(Batch(tuple(entries)), waiting)
+
+    def release(self, batch: Batch) -> None:
+        """See `Repository`."""
+        with self._claims:
+            seqs = [self._claimed.pop(message_id) for message_id in batch.ids if message_id in self._claimed]
+            self._cursor = min([self._cursor, *(seq - 1 for seq in seqs)])
+
+    def handed_over(self, batch: Batch) -> None:
+        """See `Repository`."""
+        for error in self._writer.change(self._tables.hand_over, [each for each in batch.ids if _storable(each)]):
+            if error is not None:  # one message's own: trying again would not help
+                raise SmsProxyError(str(error)) from error
+        self._forget_claims(batch.ids)
+
+    def backlog(self) -> int:
+        """See `Repository`. Never blocks."""
+        return self._tables.backlog
+
+    def oldest(self) -> float | None:
+        """See `Repository`."""
+        with self._reader() as db:
+            row = db.execute("SELECT accepted_at FROM outbox ORDER BY seq LIMIT 1").fetchone()
+        return max(0.0, self._clock() + self._epoch - row[0]) if row else None
+
+    def size(self) -> int:
+        """See `Repository`."""
+        return sum(os.path.getsize(path) for path in (self._path, self._path + "-wal") if os.path.exists(path))
+
+    def forget(self) -> float | None:
+        """See `Repository`. Nothing is read or written before something may be due."""
+        if not self._retention:
+            return None
+        wait = self._forget_at - self._clock()
+        if wait <= 0:
+            wait = self._writer.change_one(self._tables.forget)
+            self._forget_at = self._clock() + wait
+        return wait
+
+    def check(self) -> None:
+        """See `Repository`. Writes to the file."""
+        if self._writer.damage:
+            raise RepositoryUnavailableError(f"the database is damaged: {self._writer.damage}")
+        self._writer.change_one(self._tables.touch)
+
+    def close(self) -> None:
+        """Closes the file; later calls raise `RepositoryUnavailableError`."""
+        self._writer.close()
+        with self._lock:
+            self._closed = True
+            for db in (*self._readers, self._process_lock):  # the lock last
+                db.close()
+
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[sqlite3.Connection]:
+        """A connection for one read. The pool grows to the peak number of concurrent reads."""
+        with self._lock:
+            if self._closed:
+                raise RepositoryUnavailableError(f"{self._path}: closed")
+            db = self._readers.pop() if self._readers else None
+        with _translated(self._path):
+            db = db or _connect(self._path)
+            try:
+                yield db
+            except sqlite3.DatabaseError as error:
+                if type(error) is sqlite3.DatabaseError:
+                    self._writer.damage = str(error)
+                raise
+            finally:
+                with self._lock:
+                    if self._closed:
+                        db.close()
+                    else:
+                        self._readers.append(db)
+
+    def _forget_claims(self, ids: Iterable[str]) -> None:
+        with self._claims:
+            for message_id in ids:
+                self._claimed.pop(message_id, None)
