@@ -63,6 +63,7 @@ def traces(messages: int, seed: int) -> dict[str, Trace]:
     shapes = {
         "steady, 1/s": [(3600.0, 1.0)],
         "steady, 20/s": [(3600.0, 20.0)],
+        "steady, 30/s": [(3600.0, 30.0)],
         "bursts of 400": [(590.0, 0.2), (10.0, 40.0)],
         "a day of a shop": [(3600.0, messages / 24 / 3600 * share * 24 / sum(HOURS)) for share in HOURS],
     }
@@ -72,7 +73,7 @@ def traces(messages: int, seed: int) -> dict[str, Trace]:
     return {
         **{name: Trace(each) for name, each in arrived.items()},
         "20/s, 5 % of requests fail": Trace(arrived["steady, 20/s"], lambda now, rng: rng.random() < 0.05),
-        "20/s, away for 5 minutes": Trace(arrived["steady, 20/s"], lambda now, rng: 60 <= now < 360),
+        "30/s, away for 5 minutes": Trace(arrived["steady, 30/s"], lambda now, rng: 60 <= now < 360),
     }
 
 
@@ -183,7 +184,7 @@ def rows(traces: Mapping[str, Trace], policies: Sequence[Policy] = POLICIES) -> 
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 860, 460, 70, 50, 260, 60  # pixels
 X_TICKS, Y_TICKS = (0.5, 1, 2, 5, 10, 30), (10, 20, 50, 100, 200, 500, 1000)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")  # told apart by the colour-blind, too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#444444")  # told apart by the colour-blind, too
 
 
 def draw(rows: Sequence[Row]) -> str:
