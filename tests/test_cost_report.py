@@ -1,6 +1,7 @@
 """The cost report's optimum, table and picture, on arrivals small enough to check by hand; and what the README says of it."""
 from __future__ import annotations
 
+import runpy
 import threading
 import xml.etree.ElementTree
 from pathlib import Path
@@ -11,7 +12,7 @@ import cost_report
 from cost_report import Policy, Trace, optimum, replay
 
 
-def test_messages_linger_for_company() -> None:
+def test_messages_linger_until_others_come() -> None:
     cost = replay(Trace([2.0 * number for number in range(30)]), Policy(10, 5.0))
     assert cost.requests == 10
     assert cost.waits == (1.0,) * 10 + (3.0,) * 10 + (5.0,) * 10
@@ -65,3 +66,10 @@ def test_the_report_is_a_table_of_every_policy_on_every_trace_and_a_picture(
     assert progress.endswith(f"{total} of {total}\r")
     words = " ".join(xml.etree.ElementTree.parse(picture).getroot().itertext())
     assert all(name in words for name in cost_report.traces(1, 1))
+
+
+def test_the_picture_of_the_flow_is_the_one_that_its_script_draws() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    drawn: str = runpy.run_path(str(docs / "flow.py"))["draw"]()
+    assert (docs / "flow.svg").read_text() == drawn
+    xml.etree.ElementTree.fromstring(drawn)
