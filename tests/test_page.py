@@ -305,6 +305,7 @@ def test_an_outage_of_the_provider_is_a_warning_and_an_open_breaker_with_its_nex
         assert tab.text("notices").startswith("FastSMSing has been failing for")
         assert re.fullmatch(r"in \d+ s, at \d\d:\d\d:\d\d", tab.text("next-try"))
         assert (tab.text("pending"), tab.text("saved"), tab.text("error")) == ("1", "−1", "1")
+        assert tab.text("mean") == tab.text("p50") == "–"  # of successes, of which there was none
         assert tab.complaints() == []
     assert proxy.stop(0.0) == 1  # the message still waits for the end of the outage
 
