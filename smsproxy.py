@@ -825,6 +825,15 @@ class CircuitBreaker:
         """Seconds to wait after so many failures in a row."""
         return min(self.longest_backoff, self._config.backoff(failures, self._rng()))
 
+    def gauges(self, now: float) -> dict[str, float]:
+        """Present figures for monitoring, by metric name; both are 0 while it is closed."""
+        opened_at = now if self.opened_at is None else min(self.opened_at, now - 1e-3)
+        next_try = now if self.opened_at is None else self.next_try
+        return {
+            "smsproxy_circuit_breaker_open_seconds": now - opened_at,
+            "smsproxy_circuit_breaker_next_try_seconds": max(0.0, next_try - now),
+        }
+
     def hasten(self, now: float) -> None:
         """From now on no wait is longer than `DRAIN_BACKOFF`, except where FastSMSing asks for it."""
         self.longest_backoff = DRAIN_BACKOFF
@@ -1019,12 +1028,8 @@ class _Scheduler:
     def gauges(self) -> dict[str, float]:
         """Present figures for monitoring, by metric name."""
         with self._lock:
-            now, opened_at = self._clock(), self._breaker.opened_at
             return {
-                "smsproxy_provider_requests_in_flight": len(self._under_way),
-                "smsproxy_circuit_breaker_open_seconds": 0.0 if opened_at is None else max(1e-3, now - opened_at),
-                "smsproxy_circuit_breaker_next_try_seconds":
-                    0.0 if opened_at is None else max(0.0, self._breaker.next_try - now),
+                "smsproxy_provider_requests_in_flight": len(self._under_way), **self._breaker.gauges(self._clock())
             }  # fmt: skip
 
     def drain(self) -> None:
