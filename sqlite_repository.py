@@ -7,6 +7,7 @@ their own, which in WAL mode never wait for a writer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -15,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastsmsing import Message
@@ -31,8 +31,9 @@ log = logging.getLogger("smsproxy.sqlite")
 
 APPLICATION_ID = 0x534D5350  # "SMSP": tells our files from others (SQLite manual, PRAGMA application_id)
 BUSY_TIMEOUT = 5.0  # seconds to wait while someone else, say a backup, holds the file's lock
-# Rows of one statement. A statement for each row would hand the interpreter's lock over each time.
-ROWS = 100
+# Rows of one statement. A statement for each row would hand the interpreter's lock over each time, and one for every number
+# of rows would be prepared too often.
+SIZES = (1, 2, 4, 8, 16, 32, 64, 100)
 # Each script leads from the schema version that is its index to the next one.
 MIGRATIONS = (
     """
@@ -74,22 +75,17 @@ MIGRATIONS = (
 COLUMNS = ("id", "accepted_at", "phone_number", "content")  # of the outbox, as `_row` and `_entry` have them
 
 
-def _values(width: int) -> str:
-    return ", ".join(["(" + ", ".join("?" * width) + ")"] * ROWS)
-
-
-# Rows that are missing are NULL, which no ID equals: so there is one statement, prepared once, for any number of rows.
-_IDS = f"({', '.join('?' * ROWS)})"
-INSERT_MESSAGES = f"""
+# Statements of several rows: `{rows}` stands for their parameters. A missing row is NULL, which equals no ID.
+INSERT_MESSAGES = """
     INSERT INTO message (id, status, fingerprint)
-    SELECT column1, 'ACCEPTED', column2 FROM (VALUES {_values(2)}) WHERE column1 IS NOT NULL
+    SELECT column1, 'ACCEPTED', column2 FROM (VALUES {rows}) WHERE column1 IS NOT NULL
     ON CONFLICT (id) DO UPDATE
     SET status = 'ACCEPTED', reason = NULL, changed_at = NULL, fingerprint = excluded.fingerprint
     WHERE message.changed_at <= ? RETURNING id
 """
 INSERT_OUTBOX = f"""
     INSERT INTO outbox ({', '.join(COLUMNS)})
-    SELECT * FROM (VALUES {_values(len(COLUMNS))}) WHERE column1 IS NOT NULL
+    SELECT * FROM (VALUES {{rows}}) WHERE column1 IS NOT NULL
 """
 _BEFORE = {  # the statuses that may lead to a status
     status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "NULL"
@@ -98,13 +94,13 @@ _BEFORE = {  # the statuses that may lead to a status
 UPDATE_MESSAGES = {  # by the status that they get
     status: f"""
     UPDATE message SET status = '{status.value}', reason = ?, changed_at = ?
-    WHERE id IN {_IDS} AND (changed_at IS NULL OR changed_at > ?) AND status IN ({_BEFORE[status]}) RETURNING id
+    WHERE id IN ({{rows}}) AND (changed_at IS NULL OR changed_at > ?) AND status IN ({_BEFORE[status]}) RETURNING id
     """
     for status in MessageStatus
 }
-LEAVE_OUTBOX = f"DELETE FROM outbox WHERE id IN {_IDS} RETURNING id"
-HANDED_OVER = f"UPDATE message SET changed_at = ? WHERE id IN {_IDS} AND changed_at IS NULL"
-FINGERPRINTS = f"SELECT id, fingerprint FROM message WHERE id IN {_IDS} AND (changed_at IS NULL OR changed_at > ?)"
+LEAVE_OUTBOX = "DELETE FROM outbox WHERE id IN ({rows}) RETURNING id"
+HANDED_OVER = "UPDATE message SET changed_at = ? WHERE id IN ({rows}) AND changed_at IS NULL"
+FINGERPRINTS = "SELECT id, fingerprint FROM message WHERE id IN ({rows}) AND (changed_at IS NULL OR changed_at > ?)"
 FORGET = "DELETE FROM message WHERE id IN (SELECT id FROM message WHERE changed_at <= ? ORDER BY changed_at LIMIT ?)"
 OLDEST_CHANGE = "SELECT min(changed_at) FROM message WHERE changed_at IS NOT NULL"
 NEWEST = """
@@ -126,13 +122,19 @@ def _translated(path: str) -> Iterator[None]:
 def _execute(
     db: sqlite3.Connection, sql: str, rows: Sequence[Sequence[Any]], first: Sequence[Any] = (), last: Sequence[Any] = ()
 ) -> list[Any]:
-    """Runs a statement of `ROWS` rows as often as there are rows; `first` and `last` are its other parameters."""
+    """Runs a statement of several rows for these; `first` and `last` are its other parameters."""
     found: list[Any] = []
-    for start in range(0, len(rows), ROWS):
-        chunk = rows[start : start + ROWS]
-        missing = [None] * ((ROWS - len(chunk)) * len(chunk[0]))
-        found += db.execute(sql, (*first, *[value for row in chunk for value in row], *missing, *last)).fetchall()
+    for start in range(0, len(rows), SIZES[-1]):
+        chunk = rows[start : start + SIZES[-1]]
+        size, width = next(size for size in SIZES if size >= len(chunk)), len(chunk[0])
+        values = [*[value for row in chunk for value in row], *[None] * ((size - len(chunk)) * width)]
+        found += db.execute(_sized(sql, size, width), (*first, *values, *last)).fetchall()
     return found
+
+
+@functools.lru_cache(256)
+def _sized(sql: str, size: int, width: int) -> str:
+    return sql.format(rows=", ".join(["(" + ", ".join("?" * width) + ")"] * size))
 
 
 def _storable(message_id: str) -> bool:
@@ -464,7 +466,7 @@ class SqliteRepository(Repository):
 
     def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
         """See `Repository`."""
-        results = self._writer.change(partial(self._tables.insert, max_pending), entries)
+        results = self._writer.change(functools.partial(self._tables.insert, max_pending), entries)
         now = self._clock()
         for entry in entries:
             entry.accepted_at = now
