@@ -27,7 +27,7 @@ from helpers import HANG, Clock, together
 from http_front import FrontHandler, FrontServer, HttpError, Limits, Parser, State
 
 LONG_TIME = 3600.0  # seconds, beyond every limit
-LARGE = b"x" * 500_000  # far more than the sockets of these tests buffer
+LARGE = b"x" * 1_000_000  # far more than the sockets of these tests buffer
 SMALL = 8192  # bytes of a socket's buffer
 MIDNIGHT = 1_700_006_400.0  # of 2023-11-15, in the seconds of time.time()
 STATUS_LINE = re.compile(r"HTTP/1\.1 ([0-9]{3}) [A-Z][A-Za-z -]*")
@@ -345,8 +345,7 @@ class Listener(socket.socket):
 
     def __init__(self) -> None:
         super().__init__()
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # connections inherit them
-            self.setsockopt(socket.SOL_SOCKET, option, SMALL)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)  # connections inherit it
         self.bind(("127.0.0.1", 0))
         self.listen(1024)
         self.errors: list[int] = []  # error numbers of the next calls of accept()
@@ -507,7 +506,6 @@ class Client:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket, self.received = connection, b""
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
 
     def send(self, data: bytes) -> Client:
         self.socket.sendall(data)
