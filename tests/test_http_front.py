@@ -11,14 +11,16 @@ import json
 import logging
 import queue
 import random
-import re
+import select
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
 
@@ -26,11 +28,11 @@ import http_front
 from helpers import HANG, Clock, together
 from http_front import FrontHandler, FrontServer, HttpError, Limits, Parser, State
 
+Log = pytest.LogCaptureFixture
 LONG_TIME = 3600.0  # seconds, beyond every limit
 LARGE = b"x" * 1_000_000  # far more than the sockets of these tests buffer
 SMALL = 8192  # bytes of a socket's buffer
 MIDNIGHT = 1_700_006_400.0  # of 2023-11-15, in the seconds of time.time()
-STATUS_LINE = re.compile(r"HTTP/1\.1 ([0-9]{3}) [A-Z][A-Za-z -]*")
 
 
 def req(line: str = "GET /echo HTTP/1.1", *headers: str, host: str | None = "Host: a", body: bytes = b"") -> bytes:
@@ -53,6 +55,7 @@ def whole(body: bytes = b"12345", *headers: str, path: str = "/echo") -> bytes:
 
 PROBE = get(path="/")
 OLD = "GET /echo HTTP/1.0"
+EVERY_BYTE = bytes(range(256))
 PARSED_PROBE = ("GET", "/", b"", False, False)
 
 
@@ -73,12 +76,9 @@ def outcomes(pieces: Iterable[bytes], limits: Limits = Limits()) -> list[Any]:
     return found
 
 
-def ok(
-    name: str, data: bytes, method: str = "GET", path: str = "/echo", body: bytes = b"",
-    *, old: bool = False, last: bool = False,
-) -> Any:  # fmt: skip
-    """A request that is taken, and what is read in it."""
-    return pytest.param(data, (method, path, body, old, last), id=name)
+def ok(name: str, data: bytes, method: str = "GET", path: str = "/echo", body: bytes = b"", **others: bool) -> Any:
+    """A request that is taken, and what is read in it; `others` are `old` and `last`."""
+    return pytest.param(data, (method, path, body, others.get("old", False), others.get("last", False)), id=name)
 
 
 def no(name: str, data: bytes, status: int = 400) -> Any:
@@ -86,35 +86,25 @@ def no(name: str, data: bytes, status: int = 400) -> Any:
     return pytest.param(data, status, id=name)
 
 
-BAD_LINES = {  # RFC 9112, 3
-    "space before the method": " GET /echo HTTP/1.1", "space after the version": "GET /echo HTTP/1.1 ",
-    "two spaces before the target": "GET  /echo HTTP/1.1", "two spaces before the version": "GET /echo  HTTP/1.1",
-    "tab for a space": "GET\t/echo HTTP/1.1", "vertical tab for a space": "GET\x0b/echo HTTP/1.1",
-    "form feed for a space": "GET /echo\x0cHTTP/1.1", "no-break space for a space": "GET\xa0/echo HTTP/1.1",
-    "next line for a space": "GET /echo\x85HTTP/1.1", "file separator for a space": "GET\x1c/echo HTTP/1.1",
-    "space in the target": "GET /ec ho HTTP/1.1", "NUL in the target": "GET /ec\0ho HTTP/1.1",
-    "control character in the target": "GET /ec\x01ho HTTP/1.1", "DEL in the target": "GET /ec\x7fho HTTP/1.1",
-    "latin-1 in the target": "GET /\xe9 HTTP/1.1", "latin-1 in the method": "G\xcbT /echo HTTP/1.1",
-    "bare CR in the request line": "GET /echo\rHTTP/1.1", "only a method": "GET", "no method": "/echo HTTP/1.1",
-    "method with a separator": "GE(T /echo HTTP/1.1", "no version": "GET /echo", "another protocol": "GET /echo ICY/1.1",
-    "version without a minor": "GET /echo HTTP/1", "version of two digits": "GET /echo HTTP/1.10",
-    "version with a leading zero": "GET /echo HTTP/01.1", "version with a sign": "GET /echo HTTP/+1.1",
-    "version in superscript": "GET /echo HTTP/1.\xb2", "lower-case version": "GET /echo http/1.1",
-}  # fmt: skip
+BAD_LINES = (  # RFC 9112, 3
+    " GET /echo HTTP/1.1", "GET  /echo HTTP/1.1", "GET /echo  HTTP/1.1", "GET /echo HTTP/1.1 ", "GET\t/echo HTTP/1.1",
+    "GET\x0b/echo HTTP/1.1", "GET /echo\x0cHTTP/1.1", "GET\xa0/echo HTTP/1.1", "GET /echo\x85HTTP/1.1",
+    "GET\x1c/echo HTTP/1.1", "GET /ec ho HTTP/1.1", "GET /ec\0ho HTTP/1.1", "GET /ec\x01ho HTTP/1.1",
+    "GET /ec\x7fho HTTP/1.1", "GET /\xe9 HTTP/1.1", "G\xcbT /echo HTTP/1.1", "GET /echo\rHTTP/1.1", "GET", "GET /echo",
+    "/echo HTTP/1.1", "GE(T /echo HTTP/1.1", "GET /echo ICY/1.1", "GET /echo HTTP/1", "GET /echo HTTP/1.10",
+    "GET /echo HTTP/01.1", "GET /echo HTTP/+1.1", "GET /echo HTTP/1.\xb2", "GET /echo http/1.1",
+    "GET /echo HTTP/1.1\rX: a", "GET /echo HTTP/1.1\nX: a",
+)  # fmt: skip
 REQUEST_LINES = [  # RFC 9112, 2.2, 2.3, 3
     ok("plain GET", req()),
     ok("one CRLF before the request", b"\r\n" + req()),
     ok("many CRLFs before the request", b"\r\n" * 500 + req()),
     no("bare LF before the request", b"\n" + req()),
     no("CR CR LF before the request", b"\r\r\n" + req()),
-    *[no(name, req(line)) for name, line in BAD_LINES.items()],
-    no("bare CR ends the request line", b"GET /echo HTTP/1.1\rHost: a\r\n\r\n"),
-    no("bare LF ends the request line", b"GET /echo HTTP/1.1\nHost: a\r\n\r\n"),
+    *[no(ascii(line), req(line)) for line in BAD_LINES],
     no("bare LF ends every line", b"GET /echo HTTP/1.1\nHost: a\n\n"),
     no("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
-    ok("unknown method", req("BREW /echo HTTP/1.1"), "BREW"),
-    ok("lower-case method", req("get /echo HTTP/1.1"), "get"),
-    ok("method of every token character", req("!#$%&'*+-.^_`|~09azAZ /echo HTTP/1.1"), "!#$%&'*+-.^_`|~09azAZ"),
+    *[ok(method, req(f"{method} /echo HTTP/1.1"), method) for method in ("BREW", "get", "!#$%&'*+-.^_`|~09azAZ")],
     ok("HTTP/1.0", req(OLD), old=True, last=True),
     ok("HTTP/1.0 without Host", req(OLD, host=None), old=True, last=True),
     ok("HTTP/1.2 is served as HTTP/1.1", req("GET /echo HTTP/1.2")),
@@ -122,128 +112,82 @@ REQUEST_LINES = [  # RFC 9112, 2.2, 2.3, 3
     *[no(f"HTTP/{version}", req(f"GET /echo HTTP/{version}"), 505) for version in ("0.9", "2.0", "3.1")],
     no("HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
 ]
-TARGETS = [  # RFC 9112, 3.2
-    ok("query", get(path="/echo?a=b&c=%20")),
-    ok("two question marks", get(path="/echo?a?b")),
-    ok("every visible character", get(path="/!\"#$%&'()*+,-.:;<=>@[]^_`{|}~"), path="/!\"#$%&'()*+,-.:;<=>@[]^_`{|}~"),
-    ok("asterisk-form", req("OPTIONS * HTTP/1.1"), "OPTIONS", "*"),
-    no("asterisk-form for GET", get(path="*")),
-    ok("absolute-form", get(path="http://a/echo?x=1")),
-    ok("absolute-form in capitals", get(path="HTTP://A/echo")),
-    ok("absolute-form of https with a port", get(path="https://[::1]:8443/echo")),
-    ok("absolute-form without a path", get(path="http://a:80"), path="/"),
-    ok("absolute-form with a query and no path", get(path="http://a?x=/echo"), path="/"),
-    ok("absolute-form with a fragment and no path", get(path="http://a#x"), path="/#x"),
-    no("absolute-form without an authority", get(path="http:///echo")),
-    no("absolute-form of another scheme", get(path="ftp://a/echo")),
+VISIBLE = "/!\"#$%&'()*+,-.:;<=>@[]^_`{|}~"
+PATHS = {  # RFC 9112, 3.2
+    "/echo?a=b&c=%20": "/echo", "/echo?a?b": "/echo", VISIBLE: VISIBLE, "http://a/echo?x=1": "/echo",
+    "HTTP://A/echo": "/echo", "https://[::1]:8443/echo": "/echo", "http://a:80": "/", "http://a?x=/echo": "/",
+    "http://a#x": "/#x",
+}  # fmt: skip
+TARGETS = [
+    *[ok(target, get(path=target), path=path) for target, path in PATHS.items()],
+    *[no(target, get(path=target)) for target in ("*", "a:80", "echo", "http:///echo", "ftp://a/echo")],
     no("absolute-form without Host", req("GET http://a/echo HTTP/1.1", host=None)),
-    no("authority-form for GET", get(path="a:80")),
-    ok("authority-form for CONNECT", req("CONNECT a:80 HTTP/1.1"), "CONNECT", "a:80"),
-    no("relative target", get(path="echo")),
+    ok("asterisk-form", req("OPTIONS * HTTP/1.1"), "OPTIONS", "*"),
+    ok("authority-form", req("CONNECT a:80 HTTP/1.1"), "CONNECT", "a:80"),
     no("OPTIONS of a relative target", req("OPTIONS echo HTTP/1.1")),
 ]
-BAD_HEADERS = {  # RFC 9112, 2.2 and 5; RFC 9110, 5.5 and 5.6.2
-    "space before the colon": "X : a", "tab before the colon": "X\t: a", "obs-fold by space": "X: a\r\n b",
-    "obs-fold by tab": "X: a\r\n\tb", "line of blanks only": "  ", "line without a colon": "nonsense", "empty name": ": a",
-    "space in a name": "X Y: a", "separator in a name": "X(Y): a", "latin-1 in a name": "X\xe9: a",
-    "NUL in a name": "X\0: a", "NUL in a value": "X: a\0b", "bell in a value": "X: a\x07b", "DEL in a value": "X: a\x7fb",
-    "vertical tab in a value": "X: a\x0bb", "bare CR in a value": "X: a\rb", "bare CR before the end of a line": "X: a\r",
-    "bare CR hides a header": "X: a\rContent-Length: 5", "bare LF hides a header": "X: a\nContent-Length: 5",
-}  # fmt: skip
+GOOD_HEADERS = ("X:", "X: \xff\x80\ta:b::c", "!#$%&'*+-.^_`|~09azAZ: a")  # RFC 9110, 5.5 and 5.6.2
+BAD_HEADERS = (  # RFC 9112, 2.2 and 5
+    "X : a", "X\t: a", "X: a\r\n b", "X: a\r\n\tb", "  ", "nonsense", ": a", "X Y: a", "X(Y): a", "X\xe9: a", "X\0: a",
+    "X: a\0b", "X: a\x07b", "X: a\x0bb", "X: a\x7fb", "X: a\rb", "X: a\r", "X: a\rContent-Length: 5",
+    "X: a\nContent-Length: 5",
+)  # fmt: skip
+HOSTS = ("Host:a", "Host: \t a\t ", "Host:", "Host: example.com:8080", "Host: [::1]:8080")
+BAD_HOSTS = (  # RFC 9112, 3.2
+    "X: a", "Host: a\r\nHost: b", "Host: a\r\nHost: a", "Host: a\r\nhOST: b", "Host: a\r\nHost:", "Host: a, b",
+    "Host: a b", "Host: a/b", "Host: me@a", "Host: \xe9", "Host : a", " Host: a", "Host: a\n",
+)  # fmt: skip
 HEADERS = [
-    ok("no space after the colon", req(host="Host:a")),
-    ok("blanks around a value", req(host="Host: \t a\t ")),
-    ok("empty value", get("X:")),
-    ok("obs-text, tab and colons in a value", get("X: \xff\x80\ta:b::c")),
-    ok("every token character in a name", get("!#$%&'*+-.^_`|~09azAZ: a")),
-    *[no(name, get(line)) for name, line in BAD_HEADERS.items()],
-    no("space before the colon of Host", req(host="Host : a")),
-    no("space before the first header", req(host=" Host: a")),
-    no("bare LF ends the last header", b"GET /echo HTTP/1.1\r\nHost: a\n\r\n"),
-    no("bare LF ends the head", b"GET /echo HTTP/1.1\r\nHost: a\r\n\n"),
-]
-BAD_HOSTS = {  # RFC 9112, 3.2
-    "no Host": "X: a", "two Hosts": "Host: a\r\nHost: b", "two equal Hosts": "Host: a\r\nHost: a",
-    "two Hosts in other letters": "Host: a\r\nhOST: b", "second Host empty": "Host: a\r\nHost:",
-    "two Hosts in one line": "Host: a, b", "space in Host": "Host: a b", "slash in Host": "Host: a/b",
-    "userinfo in Host": "Host: me@a", "latin-1 in Host": "Host: \xe9",
-}  # fmt: skip
-HOSTS = [
-    *[no(name, req(host=line)) for name, line in BAD_HOSTS.items()],
+    *[ok(ascii(line), get(line)) for line in GOOD_HEADERS],
+    *[no(ascii(line), get(line)) for line in BAD_HEADERS],
+    *[ok(ascii(line), req(host=line)) for line in HOSTS],
+    *[no(ascii(f"only {line}"), req(host=line)) for line in BAD_HOSTS],
     no("no header at all", req(host=None)),
     no("two Hosts on HTTP/1.0", req(OLD, "Host: b")),
-    ok("empty Host", req(host="Host:")),
-    ok("Host with a port", req(host="Host: example.com:8080")),
-    ok("Host of IPv6", req(host="Host: [::1]:8080")),
+    no("bare LF ends the head", b"GET /echo HTTP/1.1\r\nHost: a\r\n\n"),
 ]
-BAD_LENGTHS = {  # RFC 9110, 8.6
-    "with a plus": "+5", "with a minus": "-5", "with an underscore": "5_0", "with a blank inside": "5 5",
-    "in Arabic digits": "٥".encode().decode("latin-1"), "superscript": "\xb2", "in hex": "0x5", "of a letter": "a",
-    "with a point": "5.0", "with an exponent": "5e0", "empty": "", "quoted": '"5"', "with a semicolon": "5;",
-    "with a trailing comma": "5,", "as an equal list": "5, 5", "as a list": "5, 6", "of a word": "five",
-}  # fmt: skip
-BODIES = [  # RFC 9112, 6.3; RFC 9110, 8.6
-    ok("body", whole(), "POST", body=b"12345"),
-    ok("empty body", whole(b""), "POST"),
-    ok("body of every byte", whole(bytes(range(256))), "POST", body=bytes(range(256))),
-    ok("body of line ends", whole(b"\r\n\r\n"), "POST", body=b"\r\n\r\n"),
-    ok("body that looks like a request", whole(PROBE), "POST", body=PROBE),
-    ok("leading zeros", post("Content-Length: 0005"), "POST", body=b"12345"),
-    ok("thousands of leading zeros", post(f"Content-Length: {'0' * 9000}5"), "POST", body=b"12345"),
+BAD_LENGTHS = (  # RFC 9110, 8.6
+    "+5", "-5", "5_0", "5 5", "\xd9\xa5", "\xb2", "0x5", "a", "5.0", "5e0", "", '"5"', "5;", "5,", "5, 5", "5, 6",
+    "five", "5\r\nContent-Length: 5", "5\r\nContent-Length: 6", "0\r\ncontent-length: 5",
+)  # fmt: skip
+LENGTHS = ("0005", "\t5 ", "0" * 9000 + "5")
+BODIES = [  # RFC 9112, 6.3
+    *[ok(f"body {data[:9]!r}", whole(data), "POST", body=data) for data in (b"", b"\r\n\r\n", PROBE, EVERY_BYTE)],
+    *[ok(ascii(f"length {n:.9}"), post(f"Content-Length: {n}"), "POST", body=b"12345") for n in LENGTHS],
     ok("length of zeros", post("Content-Length: 000", body=b""), "POST"),
-    ok("blanks around the length", post("Content-Length: \t5 "), "POST", body=b"12345"),
     ok("body of a GET", get("Content-Length: 5") + b"12345", body=b"12345"),
-    ok("body of a PUT", req("PUT /echo HTTP/1.1", "Content-Length: 5", body=b"12345"), "PUT", body=b"12345"),
     ok("PUT without a length", req("PUT /echo HTTP/1.1"), "PUT"),
     no("POST without a length", post(), 411),
     no("POST of HTTP/1.0 without a length", req("POST /echo HTTP/1.0"), 411),
-    *[no(f"length {name}", post(f"Content-Length: {value}")) for name, value in BAD_LENGTHS.items()],
-    no("two equal lengths", post("Content-Length: 5", "Content-Length: 5")),
-    no("two different lengths", post("Content-Length: 5", "Content-Length: 6")),
-    no("second length in other letters", post("Content-Length: 0", "content-length: 5")),
-    no("bad length of a GET", get("Content-Length: -1")),
     no("length with an underscored name", post("Content_Length: 5"), 411),
-    no("length of 18 digits", post("Content-Length: " + "9" * 18), 413),
-    no("length of thousands of digits", post("Content-Length: " + "9" * 9000), 413),
-    no("length over the limit of a GET", get("Content-Length: 65537"), 413),
+    *[no(ascii(f"length {value}"), post(f"Content-Length: {value}")) for value in BAD_LENGTHS],
+    no("bad length of a GET", get("Content-Length: -1")),
+    *[no(f"length {n:.20}", post(f"Content-Length: {n}"), 413) for n in ("65537", "9" * 18, "9" * 19, "9" * 9000)],
 ]
 CHUNK = b"5\r\n12345\r\n0\r\n\r\n"
-UNKNOWN_CODINGS = {
-    "gzip": "gzip", "gzip, chunked": "gzip, chunked", "chunked twice": "chunked\r\nTransfer-Encoding: chunked",
-    "identity": "identity", "xchunked": "xchunked", "quoted chunked": '"chunked"', "empty coding": "",
-}  # fmt: skip
+NOT_CHUNKED = ("gzip", "gzip, chunked", "chunked\r\nTransfer-Encoding: chunked", "xchunked", '"chunked"', "")
+BAD_CODINGS = ("\x0bchunked", "chunked\r\nContent-Length: 5", "x\r\nContent-Length: 5")
 CODINGS = [  # RFC 9112, 6.1 and 6.3
-    *[no(name, post(f"Transfer-Encoding: {coding}", body=CHUNK), 501) for name, coding in UNKNOWN_CODINGS.items()],
+    *[no(ascii(f"coding {each}"), post(f"Transfer-Encoding: {each}", body=CHUNK), 501) for each in NOT_CHUNKED],
+    *[no(ascii(f"coding {each}"), post(f"Transfer-Encoding: {each}", body=CHUNK)) for each in BAD_CODINGS],
+    no("length and coding", post("Content-Length: 5", "Transfer-Encoding: chunked", body=CHUNK)),
+    no("chunked on HTTP/1.0", req("POST /echo HTTP/1.0", "Transfer-Encoding: chunked", body=CHUNK)),
     no("chunked", post("Transfer-Encoding: chunked", body=CHUNK), 411),
     no("chunked in other letters", post("transfer-encoding: ChunkeD", body=CHUNK), 411),
     no("chunked GET", get("Transfer-Encoding: chunked") + CHUNK, 411),
-    no("vertical tab before chunked", post("Transfer-Encoding: \x0bchunked", body=CHUNK)),
-    no("coding and length", post("Transfer-Encoding: chunked", "Content-Length: 5", body=CHUNK)),
-    no("length and coding", post("Content-Length: 5", "Transfer-Encoding: chunked", body=CHUNK)),
-    no("length and another coding", post("Content-Length: 5", "Transfer-Encoding: x")),
-    no("chunked on HTTP/1.0", req("POST /echo HTTP/1.0", "Transfer-Encoding: chunked", body=CHUNK)),
 ]
+CLOSING = ("close", "CLOSE", "foo, close", "foo\r\nConnection: close", "keep-alive,close")
 CONNECTIONS = [  # RFC 9112, 9.3 and 9.6; RFC 9110, 10.1.1
-    ok("Connection: close", get("Connection: close"), last=True),
-    ok("Connection: CLOSE", get("Connection: CLOSE"), last=True),
-    ok("Connection: foo, close", get("Connection: foo, close"), last=True),
-    ok("second Connection closes", get("Connection: foo", "Connection: close"), last=True),
-    ok("keep-alive and close", get("Connection: keep-alive,close"), last=True),
-    ok("close after a body", whole(b"12345", "Connection: close"), "POST", body=b"12345", last=True),
-    ok("Connection: keep-alive", get("Connection: keep-alive")),
-    ok("Connection of something like close", get("Connection: closed, xclose")),
-    ok("empty Connection", get("Connection:")),
-    ok("HTTP/1.0 with keep-alive", req(OLD, "Connection: keep-alive"), old=True),
-    ok("HTTP/1.0 with Keep-Alive among others", req(OLD, "Connection: foo, Keep-Alive"), old=True),
-    ok("HTTP/1.0 with both", req(OLD, "Connection: keep-alive, close"), old=True, last=True),
-    ok("HTTP/1.0 expects nothing", req(OLD, "Expect: 200-ok"), old=True, last=True),
+    *[ok(ascii(f"Connection: {value}"), get(f"Connection: {value}"), last=True) for value in CLOSING],
+    *[ok(f"Connection: {value}", get(f"Connection: {value}")) for value in ("keep-alive", "closed, xclose", "")],
+    *[ok(f"1.0, {value}", req(OLD, f"Connection: {value}"), old=True) for value in ("keep-alive", "foo, Keep-Alive")],
+    ok("1.0, keep-alive and close", req(OLD, "Connection: keep-alive, close"), old=True, last=True),
+    ok("1.0 expects nothing", req(OLD, "Expect: 200-ok"), old=True, last=True),
     ok("expectation without a body", get("Expect: 100-Continue")),
     ok("expectation of a body that is there", whole(b"12345", "Expect: 100-continue"), "POST", body=b"12345"),
-    no("unknown expectation", whole(b"12345", "Expect: 200-ok"), 417),
-    no("two expectations", whole(b"12345", "Expect: 100-continue", "Expect: 200-ok"), 417),
-    no("empty expectation", whole(b"12345", "Expect:"), 417),
+    *[no(f"Expect: {value}", whole(b"1", f"Expect: {value}"), 417) for value in ("200-ok", "100-continue, x", "")],
 ]
-CASES = [*REQUEST_LINES, *TARGETS, *HEADERS, *HOSTS, *BODIES, *CODINGS, *CONNECTIONS]
+CASES = [*REQUEST_LINES, *TARGETS, *HEADERS, *BODIES, *CODINGS, *CONNECTIONS]
 REQUEST_AT_LIMITS = req("POST /67890 HTTP/1.1", "X: 1", "Content-Length: 5", body=b"12345")
 AT_LIMITS = Limits(head=len(REQUEST_AT_LIMITS) - 9, target=6, headers=3, body=5)
 LIMITED = [  # limits, request, what becomes of it
@@ -253,7 +197,6 @@ LIMITED = [  # limits, request, what becomes of it
     pytest.param({"target": 5}, REQUEST_AT_LIMITS, 414, id="target"),
     pytest.param({"body": 4}, REQUEST_AT_LIMITS, 413, id="body"),
     pytest.param({}, b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000, 431, id="head without an end"),
-    pytest.param({}, b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 100_000, 431, id="many headers without an end"),
     pytest.param({}, b"GET /" + b"a" * 100_000, 414, id="request line without an end"),
     # A method, two spaces, a version and CRLF in 32 bytes more than a target has, or the line is too long.
     pytest.param({}, b"a" * 36 + b"\r\n" + b"a" * 100, 431, id="request line of the longest kind"),
@@ -262,22 +205,18 @@ LIMITED = [  # limits, request, what becomes of it
 
 
 @pytest.mark.parametrize(("data", "outcome"), CASES)
-def test_a_request_is_taken_or_refused_and_what_follows_it_is_taken_or_not_read(data: bytes, outcome: Any) -> None:
-    assert outcomes([data + PROBE]) == ([outcome] if isinstance(outcome, int) else [outcome, PARSED_PROBE])
-
-
-@pytest.mark.parametrize(("data", "outcome"), [case for case in CASES if len(case.values[0]) < 2000])
-def test_a_request_means_the_same_however_it_is_split(data: bytes, outcome: Any) -> None:
+def test_a_request_is_taken_or_refused_however_it_is_split_and_so_is_the_next(data: bytes, outcome: Any) -> None:
     expected = [outcome] if isinstance(outcome, int) else [outcome, PARSED_PROBE]
-    assert outcomes([data[i : i + 1] for i in range(len(data))]) == [outcome]
-    for cut in range(1, len(data)):
-        assert outcomes([data[:cut], data[cut:] + PROBE]) == expected, data[:cut]
+    assert outcomes([data + PROBE]) == expected
+    if len(data) < 2000:
+        assert outcomes([data[i : i + 1] for i in range(len(data))]) == [outcome]
+        for cut in range(1, len(data)):
+            assert outcomes([data[:cut], data[cut:] + PROBE]) == expected, data[:cut]
 
 
 @pytest.mark.parametrize(("limits", "data", "outcome"), LIMITED)
-def test_the_limits_are_the_largest_sizes_that_are_taken(limits: dict[str, int], data: bytes, outcome: Any) -> None:
-    values = {name: getattr(AT_LIMITS, name) for name in ("head", "headers", "target", "body")}
-    assert outcomes([data], Limits(**{**values, **limits})) == [outcome]
+def test_the_limits_are_the_largest_sizes_that_are_taken(limits: Any, data: bytes, outcome: Any) -> None:
+    assert outcomes([data], replace(AT_LIMITS, **limits)) == [outcome]
 
 
 def test_the_default_limits_are_these() -> None:
@@ -293,38 +232,30 @@ def test_pipelined_requests_mean_the_same_however_they_are_split(seed: int) -> N
         while len(expected) < 20 and not (expected and isinstance(expected[-1], int)):
             request, outcome = chance.choice(small)
             data, expected = data + request, [*expected, outcome]
-        pieces = []
-        while data:
-            size = chance.choice((1, 2, 3, 50, 500))
-            pieces, data = [*pieces, data[:size]], data[size:]
-        assert outcomes(pieces) == expected
+        cuts = sorted(chance.choices(range(len(data)), k=chance.choice((1, 10, 200))))
+        assert outcomes([data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)])]) == expected
 
 
 def test_headers_have_lower_case_names_and_repeated_ones_are_joined() -> None:
     parser = Parser(Limits())
     parser.buffer = get("X-One: \t a b \t", "x-ONE:c", "Y: \xe9")
-    request = parser.next()
-    assert request is not None
-    assert request.headers == {"host": "a", "x-one": "a b, c", "y": "\xe9"}  # RFC 9110, 5.3
+    parser.next()
+    assert parser.request.headers == {"host": "a", "x-one": "a b, c", "y": "\xe9"}  # RFC 9110, 5.3
 
 
-@pytest.mark.parametrize(
-    ("data", "known", "in_body"),
-    [
-        (b"POST /echo HTTP", ("-", "-"), False),
-        (whole()[:-1], ("POST", "/echo"), True),
-        (whole(), ("POST", "/echo"), False),
-        (post("Content-Length: five"), ("POST", "/echo"), False),
-        (b"garbage\r\n\r\n", ("-", "-"), False),
-    ],
-    ids=["part of a head", "part of a body", "whole", "bad header", "bad request line"],
-)
-def test_the_latest_request_is_known_as_far_as_it_has_come(data: bytes, known: tuple[str, str], in_body: bool) -> None:
+KNOWN = [
+    (b"POST /echo HTTP", ("-", "-", False)), (whole()[:-1], ("POST", "/echo", True)), (whole(), ("POST", "/echo", False)),
+    (b"garbage\r\n\r\n", ("-", "-", False)), (post("X : a"), ("POST", "/echo", False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "known"), KNOWN)
+def test_the_latest_request_is_known_as_far_as_it_has_come(data: bytes, known: tuple[Any, ...]) -> None:
     parser = Parser(Limits())
     parser.buffer = data
     with contextlib.suppress(HttpError):
         parser.next()
-    assert ((parser.request.method, parser.request.path), parser.in_body) == (known, in_body)
+    assert (parser.request.method, parser.request.path, parser.in_body) == known
 
 
 # A small server and its clients
@@ -352,7 +283,6 @@ class Listener(socket.socket):
         self.tries = 0  # calls of accept()
         self.sizes: list[int] = []  # how many bytes each send() was given
         self.takes: list[int] = []  # how many bytes the next calls of send() take
-        self.accepted: list[Accepted] = []
 
     def accept(self) -> tuple[socket.socket, Any]:
         self.tries += 1
@@ -360,9 +290,9 @@ class Listener(socket.socket):
             code = self.errors.pop()
             raise OSError(code, errno.errorcode[code])
         connection, address = super().accept()
-        self.accepted.append(Accepted(fileno=connection.detach()))
-        self.accepted[-1].listener = self
-        return self.accepted[-1], address
+        accepted = Accepted(fileno=connection.detach())
+        accepted.listener = self
+        return accepted, address
 
 
 class Echo(FrontHandler):
@@ -373,7 +303,7 @@ class Echo(FrontHandler):
     def route(self) -> Callable[[Any], None]:
         if self.request.path == "/check-fails":
             raise ValueError("secret")
-        if self.request.path not in ("*", *self.server.routes):
+        if self.request.path not in self.server.routes:
             raise HttpError(404, "nothing here")
         if self.request.method not in ("GET", "HEAD", "POST", "OPTIONS"):
             raise HttpError(405, "not allowed", {"Allow": "GET"})
@@ -386,24 +316,14 @@ class Echo(FrontHandler):
 
     def run(self) -> None:
         self.server.seen.append(self.request.path)
-        self.server.routes.get(self.request.path, Echo.echo)(self)
+        self.server.routes[self.request.path](self)
 
     def echo(self) -> None:
         self.respond(200, json.dumps([self.request.path, self.request.body.decode("latin-1")]).encode())
 
     def later(self) -> None:
-        """Leaves the response to `EchoServer.complete`."""
         self.suspend()
-        self.server.waiting.put(self)
-
-    def submitted(self) -> None:
-        self.suspend()
-        self.server.submit(self.server.call_soon, self.resume, self.echo)
-
-    def gathers(self) -> None:
-        """Leaves the response to the end of the iteration."""
-        self.suspend()
-        self.server.gathered.append(self)
+        self.server.waiting.put(self)  # for `EchoServer.complete`
 
     def holds(self) -> None:
         """Holds up the loop, so that a test can prepare what it finds next."""
@@ -412,13 +332,9 @@ class Echo(FrontHandler):
         self.echo()
 
 
-def raises(error: BaseException) -> Callable[[Any], None]:
+def raises(error: BaseException) -> Any:
     """What fails in place of responding."""
-
-    def fail(handler: Any) -> None:
-        raise error
-
-    return fail
+    return Mock(side_effect=error)
 
 
 class EchoServer(FrontServer):
@@ -427,9 +343,12 @@ class EchoServer(FrontServer):
     def __init__(self, limits: Limits, clock: Clock) -> None:
         self.listener, self.clock = Listener(), clock
         super().__init__(("127.0.0.1", 0), Echo, limits, listener=self.listener)
-        self.routes: dict[str, Callable[[Echo], None]] = {
-            "/": Echo.echo, "/echo": Echo.echo, "/later": Echo.later, "/submitted": Echo.submitted,
-            "/gathers": Echo.gathers, "/holds": Echo.holds, "/empty": lambda handler: handler.respond(202),
+        self.routes: dict[str, Callable[[Echo], object]] = {
+            "/": Echo.echo, "*": Echo.echo, "/echo": Echo.echo, "/later": Echo.later, "/holds": Echo.holds,
+            "/submitted": lambda each: (each.suspend(), self.submit(self.call_soon, each.resume, each.echo)),
+            "/gathers": lambda handler: (handler.suspend(), self.gathered.append(handler)),
+            "/empty": lambda handler: handler.respond(202),
+            "/medium": lambda handler: handler.respond(200, LARGE[:10_000]),
             "/large": lambda handler: handler.respond(200, LARGE, content_type="text/plain"),
             "/refuses": raises(HttpError(409, "no", {"X-Reason": "busy"})), "/fails": raises(RuntimeError("secret")),
             "/refuses-and-closes": raises(HttpError(409, "no", close=True)), "/breaks": raises(ZeroDivisionError()),
@@ -437,8 +356,7 @@ class EchoServer(FrontServer):
         self.untranslatable: Any = ZeroDivisionError
         self.seen: list[str] = []  # the path of every request served
         self.waiting: queue.Queue[Echo] = queue.Queue()  # the requests to /later
-        self.gathered: list[Echo] = []  # the requests to /gathers in this iteration
-        self.groups: list[int] = []  # how many there were each time
+        self.gathered: list[Echo] = []  # the requests to /gathers that wait for the end of the iteration
         self.iterations = 0
         self.at_end: Callable[[], object] = lambda: None  # runs at the end of each iteration
         self.held, self.released = threading.Event(), threading.Event()
@@ -456,7 +374,6 @@ class EchoServer(FrontServer):
         self.iterations += 1
         self.at_end()
         gathered, self.gathered = self.gathered, []
-        self.groups += [len(gathered)] if gathered else []
         for handler in gathered:
             self.guard(handler.resume, handler.echo)
 
@@ -520,12 +437,15 @@ class Client:
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
-    def head(self) -> tuple[str, dict[str, str]]:
-        """The status line and the headers of the next response, 100 Continue included."""
-        while b"\r\n\r\n" not in self.received:
+    def read(self, complete: Callable[[bytes], bool]) -> None:
+        while not complete(self.received):
             data = self.socket.recv(65536)
             assert data, f"the connection ended after {self.received[:200]!r}"
             self.received += data
+
+    def head(self) -> tuple[str, dict[str, str]]:
+        """The status line and the headers of the next response, 100 Continue included."""
+        self.read(lambda received: b"\r\n\r\n" in received)
         head, _, self.received = self.received.partition(b"\r\n\r\n")
         line, *lines = head.decode("ascii").split("\r\n")
         headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
@@ -535,50 +455,27 @@ class Client:
     def response(self, method: str = "GET") -> Response:
         """The next response, which is to a request of this method."""
         line, headers = self.head()
-        match = STATUS_LINE.fullmatch(line)
-        assert match is not None, line
+        version, status, phrase = line.split(" ", 2)
+        assert (version, len(status), phrase[:1].isupper()) == ("HTTP/1.1", 3, True)
         length = int(headers["content-length"])
-        assert "date" in headers and "server" not in headers
-        assert ("content-type" in headers) == (length > 0)
+        assert ("date" in headers, "server" in headers, "content-type" in headers) == (True, False, length > 0)
         length = 0 if method == "HEAD" else length
-        parts, missing = [self.received], length - len(self.received)
-        while missing > 0:
-            parts.append(self.socket.recv(65536))
-            assert parts[-1], f"the connection ended {missing} bytes before its response"
-            missing -= len(parts[-1])
-        received = b"".join(parts)
-        self.received = received[length:]
-        return Response(int(match[1]), headers, received[:length])
+        self.read(lambda received: len(received) >= length)
+        body, self.received = self.received[:length], self.received[length:]
+        return Response(int(status), headers, body)
 
     def echoed(self) -> tuple[str, str]:
         """The path and the body that the next response echoes."""
         path, body = json.loads(self.response().body)
         return path, body
 
-    def rest(self) -> bytes:
-        """What else comes before the server closes its side."""
-        while data := self.socket.recv(65536):
-            self.received += data
-        rest, self.received = self.received, b""
-        return rest
-
-    def statuses(self) -> list[int]:
-        """The statuses of all responses until the server closes its side."""
-        found: list[int] = []
-        self.received = self.rest()
-        while self.received:
-            found.append(self.response().status)
-        return found
+    def ended(self) -> bool:
+        """Whether nothing else comes before the server closes its side."""
+        return not (self.received or self.socket.recv(1))
 
     def silent(self) -> bool:
         """Whether there is nothing to read now, not even an end."""
-        self.socket.setblocking(False)
-        try:
-            return not self.socket.recv(1, socket.MSG_PEEK) and False
-        except BlockingIOError:
-            return not self.received
-        finally:
-            self.socket.settimeout(HANG)
+        return not self.received and not select.select([self.socket], [], [], 0)[0]
 
     def works(self) -> bool:
         """Whether the connection takes a request and responds to it."""
@@ -589,10 +486,9 @@ class Client:
 def front(limits: Limits = Limits(), *, driven: bool = True) -> Iterator[EchoServer]:
     """A running server; when the block ends, all that is left of it is dropped at once."""
     with pytest.MonkeyPatch.context() as patch:
-        clock = Clock(1000.0)
+        clock = Clock(0.0)
         if driven:
-            driven_time = SimpleNamespace(monotonic=clock, time=lambda: MIDNIGHT + clock() - 1000.0)
-            patch.setattr(http_front, "time", driven_time)
+            patch.setattr(http_front, "time", SimpleNamespace(monotonic=clock, time=lambda: MIDNIGHT + clock()))
         server = EchoServer(limits, clock)
         server.thread.start()
         try:
@@ -600,10 +496,10 @@ def front(limits: Limits = Limits(), *, driven: bool = True) -> Iterator[EchoSer
         finally:
             server.released.set()
             server.shutdown(0.0)
-            ended = server.ends()
+            server.thread.join(HANG)
             server.stack.close()
             server.server_close()
-            assert ended, "serve_forever did not return"
+            assert not server.thread.is_alive(), "serve_forever did not return"
 
 
 @pytest.fixture
@@ -612,13 +508,10 @@ def server() -> Iterator[EchoServer]:
         yield running
 
 
-# Connections: what a peer does, and what it sees
-
-
 STEPS: dict[str, Callable[[EchoServer, Client], object]] = {
     "nothing comes": lambda server, client: client.silent(),
     "100 Continue": lambda server, client: client.head() == ("HTTP/1.1 100 Continue", {}),
-    "the end": lambda server, client: client.rest() == b"",
+    "the end": lambda server, client: client.ended(),
     "still open": lambda server, client: server.open_connections == 1,
     "dropped": lambda server, client: server.open_connections == 0,
     "the loop rests": lambda server, client: server.rests(),
@@ -628,6 +521,9 @@ STEPS: dict[str, Callable[[EchoServer, Client], object]] = {
     "> read a little": lambda server, client: client.socket.recv(10_000),
     "> complete": lambda server, client: not server.complete(),
     "> respond at length": lambda server, client: not server.complete(server.routes["/large"]),
+    "> suspend again": lambda server, client: not server.complete(Echo.later),
+    "one write": lambda server, client: len(server.listener.sizes) == 1,
+    "writes of the right size": lambda server, client: 0 <= max(server.listener.sizes) - http_front.SEND_AHEAD < 10_500,
     "> fail": lambda server, client: not server.complete(raises(ZeroDivisionError())),
     "> shutdown": lambda server, client: not server.shutdown(LONG_TIME),
     "> break translate": lambda server, client: setattr(server, "untranslatable", HttpError) is None,
@@ -647,7 +543,7 @@ def play(server: EchoServer, client: Client, *steps: Any) -> None:
             response = client.response()
             assert response.status == step
         elif isinstance(step, dict):
-            assert {**response.headers, **step} == response.headers
+            assert {name: response.headers.get(name) for name in step} == step
         elif isinstance(step, tuple):
             assert client.echoed() == step
         elif isinstance(step, list):
@@ -657,173 +553,123 @@ def play(server: EchoServer, client: Client, *steps: Any) -> None:
             assert STEPS[step](server, client), step
 
 
-def script(name: str, *steps: Any) -> Any:
-    return pytest.param(steps, id=name)
-
-
+EXPIRES = (9.75, "nothing comes", 0.25)  # the time for a head or a body passes
+LAST_CALL = (0.75, "nothing comes", 0.25)  # and the time that the shutdown leaves to half a request
 ECHOED, LATER, LARGE_GET, GARBAGE = ("/echo", "12345"), get(path="/later"), get(path="/large"), b"garbage\r\n\r\n"
 EXPECTS = whole(b"12345", "Expect: 100-continue")[:-5]
 HALF_HEAD, HALF_BODY = PROBE[:-1], whole()[:-1]
+SUBMITTED = get(path="/submitted")
+MIXED = [(("/echo", "/submitted", "/gathers")[i % 3], str(i)) for i in range(600)]
+CLOSES, STAYS = {"connection": "close"}, {"connection": None}
 
 
-CLOSES, ALLOW = {"connection": "close"}, {"allow": "GET"}
-
-
-def refused(name: str, data: bytes, status: int) -> Any:
+def refused(data: bytes, status: int) -> tuple[Any, ...]:
     """RFC 9112, 9.3: what was not read never becomes the next request, but nor does a reset take the response away."""
-    return script(f"refused: {name}", data, status, CLOSES, {"content-type": "application/json"}, PROBE, "the end", [])
+    return (data, status, CLOSES, {"content-type": "application/json"}, PROBE, "the end", [])
 
 
-SCRIPTS = [
-    refused("garbage", GARBAGE, 400),
-    refused("no Host", req(host=None), 400),
-    refused("malformed length", post("Content-Length: +5", body=b""), 400),
-    refused("no length", post(body=b""), 411),
-    refused("chunked", post("Transfer-Encoding: chunked", body=CHUNK), 411),
-    refused("body over the limit", post("Content-Length: 65537", body=b""), 413),
-    refused("target over the limit", get(path="/" + "x" * 8192), 414),
-    refused("expectation", whole(b"12345", "Expect: 200-ok"), 417),
-    refused("headers over the limit", get(*["X: a"] * 100), 431),
-    refused("coding", post("Transfer-Encoding: gzip"), 501),
-    refused("version", req("GET /echo HTTP/2.0"), 505),
-    refused("body not yet sent to no path", post("Content-Length: 36", "Expect: 100-continue", body=b"", path="/no"), 404),
-    refused("body not yet sent, method", EXPECTS.replace(b"POST", b"PUT"), 405),
-    refused("body not yet sent, unknown method", EXPECTS.replace(b"POST", b"BREW"), 501),
-    refused("body not yet sent, too large", post("Content-Length: 65537", "Expect: 100-continue", body=b""), 413),
-    script("kept: path", get(path="/nothing") + whole(path="/nothing") + PROBE, 404, 404, ("/", "")),
-    script("kept: method", req("DELETE /echo HTTP/1.1") + PROBE, 405, ALLOW, ("/", "")),
-    script("kept: unknown method", req("BREW / HTTP/1.1", "Content-Length: 5", body=b"GET /") + PROBE, 501, ("/", "")),
-    script("kept: lower-case method", req("get / HTTP/1.1") + PROBE, 501, ("/", "")),
-    script("kept: OPTIONS *", req("OPTIONS * HTTP/1.1") + PROBE, ("*", ""), ("/", "")),
-    script("kept: refusal", get(path="/refuses") + PROBE, 409, {"x-reason": "busy"}, ("/", "")),
-    script("kept: HTTP/1.0", req(OLD, "Connection: keep-alive"), 200, {"connection": "keep-alive"}, PROBE, 200, {}),
-    script("last: Connection: close", get("Connection: close") + PROBE * 99, 200, CLOSES, "the end", ["/echo"]),
-    script("last: no path", get("Connection: close", path="/no") + PROBE, 404, CLOSES, "the end", []),
-    script("last: submitted", get("Connection: close", path="/submitted") + PROBE, 200, CLOSES, "the end"),
-    script("last: refusal that closes", get(path="/refuses-and-closes") + PROBE, 409, CLOSES, "the end"),
-    script("last: HTTP/1.0", req(OLD) + PROBE, 200, CLOSES, "the end", ["/echo"]),
+SCRIPTS: dict[str, tuple[Any, ...]] = {
+    "refused: garbage": refused(GARBAGE, 400),
+    "refused: malformed length": refused(post("Content-Length: +5", body=b""), 400),
+    "refused: no length": refused(post(body=b""), 411),
+    "refused: body over the limit": refused(post("Content-Length: 65537", body=b""), 413),
+    "refused: body not yet sent, path": refused(EXPECTS.replace(b"/echo", b"/nothing"), 404),
+    "refused: body not yet sent, method": refused(EXPECTS.replace(b"POST", b"PUT"), 405),
+    "refused: body not yet sent, unknown method": refused(EXPECTS.replace(b"POST", b"BREW"), 501),
+    "refused: body not yet sent, too large": refused(post("Content-Length: 65537", "Expect: 100-continue", body=b""), 413),
+    "kept: path": (get(path="/nothing") + whole(path="/nothing") + PROBE, 404, 404, ("/", "")),
+    "kept: method": (req("DELETE /echo HTTP/1.1") + PROBE, 405, {"allow": "GET"}, ("/", "")),
+    "kept: unknown method": (req("BREW / HTTP/1.1", "Content-Length: 5", body=b"GET /") + PROBE, 501, ("/", "")),
+    "kept: OPTIONS *": (req("OPTIONS * HTTP/1.1") + PROBE, ("*", ""), ("/", "")),
+    "kept: refusal": (get(path="/refuses") + PROBE, 409, {"x-reason": "busy"}, ("/", "")),
+    "kept: 1.0": (req(OLD, "Connection: keep-alive"), 200, {"connection": "keep-alive"}, PROBE, 200, STAYS),
+    "last: Connection: close": (get("Connection: close") + PROBE * 99, 200, CLOSES, "the end", ["/echo"]),
+    "last: refusal that closes": (get(path="/refuses-and-closes") + PROBE, 409, CLOSES, "the end"),
+    "last: HTTP/1.0": (req(OLD) + PROBE, 200, CLOSES, "the end", ["/echo"]),
+    "refused: much more": (GARBAGE + b"x" * 1_000_000, 400, CLOSES, "the end"),
+    "in order: quick and slow": (b"".join(whole(body.encode(), path=path) for path, body in MIXED), *MIXED),
+    "in order: large and small": (LARGE_GET + get() + LARGE_GET + SUBMITTED, 200, ("/echo", ""), 200, ("/submitted", "")),
+    "in portions": (get(path="/medium") * 100, *[200] * 100, "writes of the right size"),
     # Parsed headers are reused, but for the same method and version only
-    script("same headers: method", get() * 2 + post(body=b"") + PROBE, 200, 200, 411, "the end"),
-    script("same headers: version", get() * 2 + req(OLD) + PROBE, 200, 200, 200, CLOSES, "the end"),
+    "same headers: method": (get() * 2 + post(body=b"") + PROBE, 200, 200, 411, "the end"),
+    "same headers: version": (get() * 2 + req(OLD) + PROBE, 200, 200, 200, CLOSES, "the end"),
+    "kept: byte by byte": (*[step for byte in b"\r\n" + whole() for step in (bytes([byte]), 0.0)], ECHOED),
+    "kept: suspended twice": (LATER, "> suspend again", "> complete", 200),
+    "one write": (PROBE * 10 + get(path="/gathers") + PROBE, *[200] * 12, "one write"),
     # RFC 9110, 10.1.1
-    script("100 Continue: once", EXPECTS, "100 Continue", b"123", "nothing comes", b"45", ECHOED),
-    script("100 Continue: not for a body that is there", EXPECTS + b"12345" + PROBE, ECHOED, ("/", "")),
-    script("100 Continue: not for HTTP/1.0", EXPECTS.replace(b"/1.1", b"/1.0"), "nothing comes", b"12345", ECHOED),
-    script("half-closed: nothing", "> end", "the end", "dropped"),
-    script("half-closed: empty line", b"\r\n", "> end", "the end", "dropped"),
-    script("half-closed: part of a head", HALF_HEAD, "> end", "the end", "dropped", []),
-    script("half-closed: part of a body", HALF_BODY, "> end", "the end", "dropped", []),
-    script("half-closed: part behind a suspended request", LATER + HALF_BODY, "> end", "> complete", 200, "the end", ["/later"]),
-    script("half-closed: requests", get() + PROBE, "> end", 200, 200, "the end", "dropped"),
-    script("half-closed: submitted", get(path="/submitted") * 2 + PROBE, "> end", 200, 200, 200, "the end", "dropped"),
-    script("half-closed: gathered", get(path="/gathers") * 2 + PROBE, "> end", 200, 200, 200, "the end", "dropped"),
-    script("half-closed: large", LARGE_GET * 2 + PROBE, "> end", 200, 200, 200, "the end", "dropped"),
-    script("half-closed: suspended", LATER * 2, "> end", "> complete", 200, "still open", "> complete", 200, "the end"),
+    "100 Continue: once": (EXPECTS, "100 Continue", b"123", "nothing comes", b"45", ECHOED),
+    "100 Continue: not for a body that is there": (EXPECTS + b"12345" + PROBE, ECHOED, ("/", "")),
+    "100 Continue: not for HTTP/1.0": (EXPECTS.replace(b"/1.1", b"/1.0"), "nothing comes", b"12345", ECHOED),
+    "half-closed: empty line": (b"\r\n", "> end", "the end", "dropped"),
+    "half-closed: part of a head": (HALF_HEAD, "> end", "the end", "dropped", []),
+    "half-closed: part of a body": (HALF_BODY, "> end", "the end", "dropped", []),
+    "half-closed: part behind another": (LATER + HALF_BODY, "> end", "> complete", 200, "the end", ["/later"]),
+    "half-closed: gathered": (get(path="/gathers") * 2 + PROBE, "> end", 200, 200, 200, "the end", "dropped"),
+    "half-closed: large": (LARGE_GET * 2 + PROBE, "> end", 200, 200, 200, "the end", "dropped"),
+    "half-closed: suspended": (LATER * 2, "> end", "the loop rests", "> complete", 200, "> complete", 200, "the end"),
     # Deadlines are totals
-    script("deadline: new connection", 9.75, "nothing comes", 0.25, "the end"),
-    script("deadline: head", HALF_HEAD, 9.75, "nothing comes", 0.25, 408, "the end"),
-    script("deadline: head that drips", HALF_HEAD, *[b"X", 1.0] * 9, "nothing comes", b"X", 1.0, 408, "the end"),
-    script("deadline: empty lines that drip", *[b"\r\n", 1.0] * 9, "nothing comes", 1.0, "the end"),
-    script("deadline: body", HALF_BODY, 9.75, "nothing comes", 0.25, 408, "the end", []),
-    script("deadline: body that drips", whole(b"x" * 99)[:-98], *[b"x", 1.0] * 9, "nothing comes", 1.0, 408, "the end"),
-    script("deadline: head and body have one each", HALF_BODY[:9], 9.75, HALF_BODY[9:], 9.75, b"5", ECHOED),
-    script("deadline: idle", PROBE, 200, 59.75, "nothing comes", 0.25, "the end"),
-    script("deadline: idle but for empty lines", PROBE, 200, *[b"\r\n", 9.5] * 6, "nothing comes", 3.0, "the end"),
-    script("deadline: head after idleness", PROBE, 200, 59.0, HALF_HEAD, 9.75, "nothing comes", 0.25, 408, "the end"),
-    script("deadline: body after idleness", PROBE, 200, 59.0, HALF_BODY, 9.75, "nothing comes", 0.25, 408, "the end"),
-    script("deadline: head behind a response", PROBE + HALF_HEAD, 200, 9.75, "nothing comes", 0.25, 408, "the end"),
-    script("deadline: body behind a response", PROBE + HALF_BODY, 200, 9.75, "nothing comes", 0.25, 408, "the end"),
-    script("deadline: none for a suspended request", LATER, LONG_TIME, "nothing comes", "> complete", 200),
-    script("deadline: none after idleness", PROBE, 200, LATER, LONG_TIME, "nothing comes", "> complete", 200),
-    script("deadline: head behind a suspended request", LATER + HALF_HEAD, LONG_TIME, "> complete", 200, 9.75,
-           "nothing comes", 0.25, 408, "the end"),
-    script("deadline: write-blocked", LARGE_GET, *["still open", 1.0] * 10, "dropped"),
-    script("deadline: write-blocked and slow", LARGE_GET, *["still open", "> read a little", 1.0] * 10, "dropped"),
-    script("deadline: all of it after a late read", LARGE_GET, 9.0, 200, 59.0, PROBE, 200),
-    script("deadline: refused peer", GARBAGE, 400, "the end", b"more", 1.5, "still open", b"more", 0.5, "dropped"),
+    "deadline: new connection": ("the loop rests", *EXPIRES, "the end"),
+    "deadline: head": (HALF_HEAD, "the loop rests", *EXPIRES, 408, "the end"),
+    "deadline: head that drips": (HALF_HEAD, *[b"X", 1.0] * 9, "nothing comes", b"X", 1.0, 408, "the end"),
+    "deadline: empty lines that drip": (*[b"\r\n", 1.0] * 9, "nothing comes", 1.0, "the end"),
+    "deadline: body": (HALF_BODY, *EXPIRES, 408, "the end", []),
+    "deadline: body that drips": (whole(b"x" * 99)[:-98], *[b"x", 1.0] * 9, "nothing comes", 1.0, 408),
+    "deadline: head and body have one each": (HALF_BODY[:9], 9.75, HALF_BODY[9:], 9.75, b"5", ECHOED),
+    "deadline: idle": (PROBE, 200, "the loop rests", 59.75, "nothing comes", 0.25, "the end"),
+    "deadline: idle but for empty lines": (PROBE, 200, *[b"\r\n", 9.5] * 6, "nothing comes", 3.0, "the end"),
+    "deadline: head after idleness": (PROBE, 200, 59.0, HALF_HEAD, *EXPIRES, 408, "the end"),
+    "deadline: head behind a response": (PROBE + HALF_HEAD, 200, *EXPIRES, 408, "the end"),
+    "deadline: none after idleness": (PROBE, 200, LATER, LONG_TIME, "nothing comes", "> complete", 200),
+    "deadline: head behind a suspended request": (LATER + HALF_HEAD, LONG_TIME, "> complete", 200, *EXPIRES, 408),
+    "deadline: write-blocked": (LARGE_GET, "the loop rests", *["still open", 1.0] * 10, "dropped"),
+    "deadline: head behind a blocked response": ("> take 5", PROBE + HALF_HEAD, 200, *EXPIRES, 408),
+    "deadline: body behind a blocked response": ("> take 5", PROBE + HALF_BODY, 200, *EXPIRES, 408),
+    "deadline: write-blocked and slow": (LARGE_GET, *["still open", "> read a little", 1.0] * 10, "dropped"),
+    "deadline: all of it after a late read": (LARGE_GET, 9.0, 200, 59.0, PROBE, 200),
+    "deadline: refused": (GARBAGE, 400, "the end", "the loop rests", b"x", 1.5, "still open", 0.5, "dropped"),
     # A connection that stalls does not keep the loop busy
-    script("rest: idle", "the loop rests"),
-    script("rest: part of a head", HALF_HEAD, "the loop rests"),
-    script("rest: refused", GARBAGE, "the loop rests"),
-    script("rest: suspended", LATER, "the loop rests"),
-    script("rest: suspended, half-closed", LATER, "> end", "the loop rests", "still open"),
-    script("rest: suspended, reset", LATER, "> reset", "the loop rests", "dropped"),
-    script("rest: suspended, half-closed, reset", LATER, "> end", "> reset", "the loop rests"),
-    script("rest: more than is read ahead", LATER + PROBE * 600, "the loop rests", "> complete", *[200] * 601),
-    script("rest: write-blocked", LARGE_GET, "the loop rests"),
-    script("rest: write-blocked, half-closed", LARGE_GET, "> end", "the loop rests", "still open"),
-    script("rest: write-blocked, reset", LARGE_GET, "> reset", "the loop rests", "dropped"),
+    "rest: more than is read ahead": (LATER + PROBE * 600, "the loop rests", "> complete", *[200] * 601),
+    "rest: write-blocked, half-closed": (LARGE_GET, "> end", "the loop rests", "still open"),
     # A peer that goes leaves its place
-    script("gone: reset", "> reset", "dropped"),
-    script("gone: reset in a head", HALF_HEAD, "> reset", "dropped"),
-    script("gone: reset in a body", HALF_BODY, "> reset", "dropped"),
-    script("gone: refused, then half-closed", GARBAGE, "> end", 400, "the end", "dropped"),
-    script("gone: refused, then reset", GARBAGE, "> reset", "dropped"),
-    script("gone: write-blocked, then reset", LARGE_GET + PROBE, "> read a little", "> reset", "dropped"),
-    script("gone: suspended, then reset", LATER + PROBE, "> reset", "> complete", "dropped", ["/later"]),
-    script("gone: half-closed, then reset", LATER * 3, "> end", "> reset", "> respond at length", "dropped", ["/later"]),
-    script("gone: last response", PROBE * 100 + get("Connection: close"), *[200] * 101, "the end", "dropped"),
+    "gone: reset in a body": (HALF_BODY, "> reset", "dropped"),
+    "gone: refused, then half-closed": (GARBAGE, "> end", 400, "the end", "dropped"),
+    "gone: refused, then reset": (GARBAGE, "> reset", "dropped"),
+    "gone: write-blocked, reset": (LARGE_GET + PROBE, "> read a little", "> reset", "the loop rests", "dropped"),
+    "gone: suspended, reset": (LATER + PROBE, "> reset", "the loop rests", "> complete", "dropped", ["/later"]),
+    "gone: half-closed, reset": (LATER * 3, "> end", "> reset", "the loop rests", "> respond at length", "dropped"),
+    "gone: last response": (PROBE * 100 + get("Connection: close"), *[200] * 101, "the end", "dropped"),
     # A graceful shutdown
-    script("shutdown: no connections", "> end", "dropped", "> shutdown", "the loop ends"),
-    script("shutdown: new connection", "> shutdown", 0.15, "nothing comes", 0.1, "the end", "the loop ends"),
-    script("shutdown: idle", PROBE, 200, "> shutdown", 0.15, "nothing comes", 0.1, "the end", "the loop ends"),
-    script("shutdown: idle, then used", PROBE, 200, "> shutdown", 0.15, PROBE, 200, CLOSES, "the end", "the loop ends"),
-    script("shutdown: head", HALF_HEAD, "> shutdown", 0.75, b"\n", 200, CLOSES, "the end", "the loop ends"),
-    script("shutdown: body", HALF_BODY, "> shutdown", 0.75, b"5", 200, CLOSES, "the end", "the loop ends"),
-    script("shutdown: late head", HALF_HEAD, "> shutdown", 0.75, "nothing comes", 0.25, 408, "the end", "> reset", "the loop ends"),
-    script("shutdown: late body", HALF_BODY, "> shutdown", 0.75, "nothing comes", 0.25, 408, "the end", 1.0, "the loop ends"),
-    script("shutdown: write-blocked", LARGE_GET, "> shutdown", 0.75, "still open", 0.25, "the loop ends"),
-    script("shutdown: write-blocked, then read", LARGE_GET, "> shutdown", 0.75, 200, "nothing comes", 0.25, "the end", "the loop ends"),
-    script("shutdown: suspended", LATER + PROBE, "> shutdown", 1800.0, "nothing comes", "> complete", 200, CLOSES, "the end",
-           "> end", "the loop ends", ["/later"]),
-]  # fmt: skip
+    "shutdown: no connection": ("> end", "dropped", "> shutdown", "the loop ends"),
+    "shutdown: new connection": ("> shutdown", 0.15, "nothing comes", 0.1, "the end", "the loop ends"),
+    "shutdown: idle": (PROBE, 200, "> shutdown", 0.15, "nothing comes", 0.1, "the end", "the loop ends"),
+    "shutdown: idle, then used": (PROBE, 200, "> shutdown", 0.15, PROBE, 200, CLOSES, "the end", "the loop ends"),
+    "shutdown: head": (HALF_HEAD, "> shutdown", 0.75, b"\n", 200, CLOSES, "the end", "the loop ends"),
+    "shutdown: body": (HALF_BODY, "> shutdown", 0.75, b"5", 200, CLOSES, "the end", "the loop ends"),
+    "shutdown: late head": (HALF_HEAD, "> shutdown", *LAST_CALL, 408, "> reset", "the loop ends"),
+    "shutdown: late body": (HALF_BODY, "> shutdown", *LAST_CALL, 408, 1.0, "the loop ends"),
+    "shutdown: write-blocked": (LARGE_GET, "> shutdown", 0.75, "still open", 0.25, "the loop ends"),
+    "shutdown: late read": (LARGE_GET, "> shutdown", 0.75, 200, "nothing comes", 0.25, "the end"),
+    "shutdown: suspended": (LATER + PROBE, "> shutdown", 1800.0, "nothing comes", "> complete", 200, CLOSES,
+           "the end", "> end", "the loop ends", ["/later"]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("steps", SCRIPTS)
-def test_a_connection_goes_as_written_and_nothing_is_logged(
-    server: EchoServer, caplog: pytest.LogCaptureFixture, steps: tuple[Any, ...]
-) -> None:
+@pytest.mark.parametrize("steps", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_connection_goes_as_written_and_nothing_is_logged(server: EchoServer, caplog: Log, steps: Any) -> None:
     caplog.set_level(logging.INFO)
     play(server, server.client(), *steps)
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("half", [HALF_HEAD, HALF_BODY], ids=["head", "body"])
-def test_half_a_request_behind_a_write_blocked_response_has_its_time(server: EchoServer, half: bytes) -> None:
-    server.listener.takes = [5]
-    play(server, server.client(), PROBE + half, 200, 9.75, "nothing comes", 0.25, 408, "the end")
+STATUSES = {"/echo": 200, "/submitted": 200, "/large": 200, "/empty": 202, "/fails": 500, "/refuses": 409, "/check-fails": 500}
 
 
-def test_a_peer_that_goes_costs_one_debug_line(server: EchoServer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    play(server, server.client(), HALF_HEAD, "> reset", "dropped")
-    assert [(record.levelname, record.exc_info) for record in caplog.records] == [("DEBUG", None)]
-
-
-# Responses
-
-
-def test_a_refused_peer_can_read_its_response_though_it_sent_much_more(server: EchoServer) -> None:
-    client = server.client()
-
-    def send() -> None:
-        with contextlib.suppress(OSError):
-            client.send(b"POST /echo HTTP/1.1\r\n\r\n" + b"x" * 1_000_000)
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    assert client.statuses() == [400]
-    client.end()
-    sender.join(HANG)
-    assert not sender.is_alive()
-
-
-@pytest.mark.parametrize("path", ["/echo", "/submitted", "/large", "/empty", "/fails", "/refuses", "/nothing"])
-def test_a_response_to_head_has_the_headers_of_get_and_no_body(server: EchoServer, path: str) -> None:
+@pytest.mark.parametrize(("path", "status"), STATUSES.items())
+def test_a_response_to_head_has_the_headers_of_get_and_no_body(server: EchoServer, path: str, status: int) -> None:
     client = server.client().send(get(path=path) + req(f"HEAD {path} HTTP/1.1") + PROBE)
     response = client.response()
-    assert client.response("HEAD") == (response.status, response.headers, b"")
-    assert client.echoed() == ("/", "")
+    assert client.response("HEAD") == (status, response.headers, b"")
+    assert (response.status, client.echoed()) == (status, ("/", ""))
 
 
 def test_a_response_has_the_date_of_its_second(server: EchoServer) -> None:
@@ -835,29 +681,22 @@ def test_a_response_has_the_date_of_its_second(server: EchoServer) -> None:
     assert dates == [f"{wednesday}00 GMT"] * 3 + [f"{wednesday}01 GMT", "Thu, 16 Nov 2023 00:00:01 GMT"]
 
 
-def test_responses_are_counted_by_route_and_status(server: EchoServer) -> None:
-    assert server.client().send(PROBE * 2 + get(path="/nothing") + GARBAGE).statuses() == [200, 200, 404, 400]
-    assert server.responses == {("other", 200): 2, ("other", 404): 1, ("other", 400): 1}
+LOGGED = [
+    ("/echo?48123456789", "127.0.0.1 (shop) GET /echo 200"), ("/48123456789", "127.0.0.1 GET /*** 404"),
+    ("/a/+48123456789/1234", "127.0.0.1 GET /a/***/*** 404"), ("/123/1234x", "127.0.0.1 GET /123/1234x 404"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("target", "client", "line"),
-    [
-        ("/echo?48123456789", "", "127.0.0.1 GET /echo 200"),
-        ("/echo", "shop", "127.0.0.1 (shop) GET /echo 200"),
-        ("/48123456789", "", "127.0.0.1 GET /*** 404"),
-        ("/a/+48123456789/1234", "", "127.0.0.1 GET /a/***/*** 404"),
-        ("/123/1234x", "", "127.0.0.1 GET /123/1234x 404"),
-    ],
-)
-def test_a_request_is_logged_at_debug_without_its_query_and_phone_numbers(
-    server: EchoServer, caplog: pytest.LogCaptureFixture, target: str, client: str, line: str
+@pytest.mark.parametrize(("target", "line"), LOGGED)
+def test_the_debug_log_has_a_line_a_request_without_phone_numbers_and_one_for_the_end(
+    server: EchoServer, caplog: Log, target: str, line: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    server.routes["/echo"] = lambda handler: (setattr(handler.request, "client", client), handler.respond(200))[1]
-    server.client().send(get(path=target)).response()
-    server.settle()
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("DEBUG", line)]
+    server.routes["/echo"] = lambda handler: (setattr(handler.request, "client", "shop"), handler.respond(200))[1]
+    play(server, server.client(), get(path=target), int(line[-3:]), "> reset", "dropped")
+    assert [record.levelname for record in caplog.records] == ["DEBUG"] * 2
+    assert server.responses == {("other", int(line[-3:])): 1}
+    assert caplog.messages == [line, "127.0.0.1 connection closed: reading: [Errno 104] Connection reset by peer"]
 
 
 def test_nothing_of_a_body_is_kept_once_it_has_its_response(server: EchoServer) -> None:
@@ -865,15 +704,6 @@ def test_nothing_of_a_body_is_kept_once_it_has_its_response(server: EchoServer) 
     kept = [value for each in gc.get_objects() if isinstance(each, (Parser, http_front.Request))
             for value in (getattr(each, "body", b""), getattr(each, "buffer", b""))]  # fmt: skip
     assert kept and not any(b"private" in value for value in kept)
-
-
-def test_pipelined_requests_have_their_responses_in_order(server: EchoServer) -> None:
-    sent = [(("/echo", "/submitted", "/gathers")[i % 3], str(i)) for i in range(600)]
-    client = server.client().send(b"".join(whole(body.encode(), path=path) for path, body in sent))
-    assert [client.echoed() for _ in sent] == sent
-    paths = ["/large", "/echo", "/large", "/submitted", "/large"]
-    client.send(b"".join(get(path=path) for path in paths))
-    assert [client.response().body == LARGE for _ in paths] == [path == "/large" for path in paths]
 
 
 def test_requests_behind_a_suspended_one_wait_for_it_and_nobody_else_does(server: EchoServer) -> None:
@@ -885,15 +715,8 @@ def test_requests_behind_a_suspended_one_wait_for_it_and_nobody_else_does(server
         server.waiting.put(handler)
         server.complete()
         server.settle()
-    assert [(client.echoed(), client.echoed()) for client in clients] == [(("/later", str(i)), ECHOED) for i in range(3)]
-
-
-def test_a_request_that_comes_byte_by_byte_is_served(server: EchoServer) -> None:
-    client, data = server.client(), b"\r\n" + whole() + PROBE
-    for i in range(len(data)):
-        client.send(data[i : i + 1])
-        server.settle(1)
-    assert (client.echoed(), client.echoed()) == (ECHOED, ("/", ""))
+    for i, client in enumerate(clients):
+        play(server, client, ("/later", str(i)), ECHOED)
 
 
 def test_a_peer_cannot_fill_the_memory_behind_a_suspended_request(server: EchoServer) -> None:
@@ -910,40 +733,28 @@ def test_a_peer_cannot_fill_the_memory_behind_a_suspended_request(server: EchoSe
     assert {client.response().status for _ in range(sent // len(PROBE) + 1)} == {200}
 
 
-# Iterations of the loop
-
-
-def test_responses_of_an_iteration_leave_together(server: EchoServer) -> None:
-    play(server, server.client(), PROBE * 10 + get(path="/gathers") + PROBE, *[200] * 12)
-    assert len(server.listener.sizes) == 1
-
-
-def test_pipelined_responses_are_sent_before_there_are_too_many(server: EchoServer) -> None:
-    server.routes["/medium"] = lambda handler: handler.respond(200, LARGE[:10_000])
-    play(server, server.client(), get(path="/medium") * 100, *[200] * 100)
-    assert http_front.SEND_AHEAD <= max(server.listener.sizes) < http_front.SEND_AHEAD + 10_500
-
-
 def test_requests_of_an_iteration_are_gathered(server: EchoServer) -> None:
-    clients = [server.client() for _ in range(3)]
+    clients, groups = [server.client() for _ in range(3)], []
     assert [client.works() for client in clients] == [True] * 3
+    server.at_end = lambda: groups.append(len(server.gathered))
     server.client().send(get(path="/holds"))
     assert server.held.wait(HANG)
     for client in clients:
         client.send(get(path="/gathers") * 2 + PROBE)
     server.released.set()
     assert [[client.echoed()[0] for _ in range(3)] for client in clients] == [["/gathers", "/gathers", "/"]] * 3
-    assert server.groups == [3, 3]  # a connection's second request waits for its first
+    assert [size for size in groups if size] == [3, 3]  # a connection's second request waits for its first
 
 
 def test_an_error_at_the_end_of_an_iteration_or_in_a_call_costs_nobody_anything(
-    server: EchoServer, caplog: pytest.LogCaptureFixture
+    server: EchoServer, caplog: Log
 ) -> None:
     server.call_soon(raises(RuntimeError("a bug")), None)
     server.settle()
     server.at_end = lambda: 1 / 0
     assert server.client().works()
-    assert [record.exc_info and record.exc_info[0] for record in caplog.records[:2]] == [RuntimeError, ZeroDivisionError]
+    kinds = [record.exc_info and record.exc_info[0] for record in caplog.records]
+    assert kinds[:2] == [RuntimeError, ZeroDivisionError]
 
 
 def test_calls_from_other_threads_run_in_the_loop_and_none_is_lost(server: EchoServer) -> None:
@@ -953,33 +764,33 @@ def test_calls_from_other_threads_run_in_the_loop_and_none_is_lost(server: EchoS
     assert calls == [server.thread] * 4000
 
 
-@pytest.mark.parametrize(
-    ("limits", "data"),
-    [
-        pytest.param(Limits(read_timeout=0.05), HALF_HEAD, id="head"),
-        pytest.param(Limits(idle_timeout=0.05), PROBE, id="idle"),
-        pytest.param(Limits(write_timeout=0.05), LARGE_GET, id="write-blocked"),
-    ],
-)
+WAKES = {
+    "head": (Limits(read_timeout=0.05), HALF_HEAD), "idle": (Limits(idle_timeout=0.05), PROBE),
+    "write-blocked": (Limits(write_timeout=0.05), LARGE_GET), "shutdown": (Limits(), LATER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("limits", "data"), WAKES.values(), ids=WAKES)
 def test_the_loop_wakes_by_itself_at_a_deadline(limits: Limits, data: bytes) -> None:
     with front(limits, driven=False) as server:
-        gone = threading.Event()
-        client = server.client().send(data)
-        assert client.socket.recv(1) == b"H"
+        gone, client = threading.Event(), server.client().send(data)
+        server.settle()
         server.at_end = lambda: server.open_connections or gone.set()
+        if data == LATER:
+            server.shutdown(0.05)
         if data == HALF_HEAD:
-            client.end()
+            play(server, client, 408, "> end")
+        server.settle()
         assert gone.wait(HANG)
 
 
-# Many connections
-
-
+@pytest.mark.parametrize(("most", "errors"), [(3, []), (9, [errno.EMFILE])])
 @pytest.mark.parametrize("leave", [Client.end, Client.reset])
-def test_one_connection_more_than_allowed_waits_until_another_closes(leave: Callable[[Client], object]) -> None:
-    with front(Limits(connections=3)) as server:
+def test_a_connection_for_which_there_is_no_room_waits_until_another_closes(most: int, errors: Any, leave: Any) -> None:
+    with front(Limits(connections=most)) as server:
         clients = [server.client() for _ in range(3)]
         assert [client.works() for client in clients] == [True] * 3
+        server.listener.errors = errors[:]
         fourth = server.client().send(PROBE)
         assert (server.rests(), fourth.silent()) == (True, True)
         assert [client.works() for client in clients] == [True] * 3
@@ -989,7 +800,7 @@ def test_one_connection_more_than_allowed_waits_until_another_closes(leave: Call
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
-def test_without_file_descriptors_it_pauses_and_says_so_twice(code: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_file_descriptors_it_pauses_and_says_so_twice(code: int, caplog: Log) -> None:
     with front() as server:
         other = server.client()
         assert other.works()
@@ -1005,55 +816,29 @@ def test_without_file_descriptors_it_pauses_and_says_so_twice(code: int, caplog:
     assert caplog.messages == [begin, "accepting connections again after 3.0 s"]
 
 
-def test_a_closed_connection_makes_room_at_once_after_the_file_descriptors_ran_out(server: EchoServer) -> None:
-    other = server.client()
-    assert other.works()
-    server.listener.errors = [errno.EMFILE]
-    waiting = server.client().send(PROBE)
-    server.settle()
-    assert waiting.silent()
-    other.end()
-    assert waiting.echoed() == ("/", "")
-
-
 @pytest.mark.parametrize("code", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EAGAIN])
 def test_a_connection_that_cannot_be_accepted_costs_nobody_else_anything(server: EchoServer, code: int) -> None:
     server.listener.errors = [code]
     assert server.client().works()
 
 
-# Shutdown and the end
-
-
-def test_shutdown_refuses_new_connections(server: EchoServer) -> None:
-    play(server, server.client(), LATER, "still open", "> shutdown", "still open")
-    with pytest.raises(ConnectionRefusedError):
-        server.client()
-
-
 @pytest.mark.parametrize("timeouts", [(10.0,), (10.0, LONG_TIME), (LONG_TIME, 10.0)])
 @pytest.mark.parametrize("at_once", [True, False])
 def test_shutdown_ends_at_its_shortest_timeout(
-    server: EchoServer, timeouts: tuple[float, ...], at_once: bool, caplog: pytest.LogCaptureFixture
+    server: EchoServer, timeouts: tuple[float, ...], at_once: bool, caplog: Log
 ) -> None:
     client = server.client().send(LATER)
     server.settle()
     for timeout in timeouts:
         server.shutdown(timeout)
         server.settle(0 if at_once else 3)
-    play(server, client, 9.5, "nothing comes", 0.5, "the loop ends")
+    play(server, client, 9.5, "nothing comes")
+    with pytest.raises(ConnectionRefusedError):
+        server.client()
+    play(server, client, 0.5, "the loop ends")
     server.server_close()
     server.complete()  # after the end, which hurts nobody
-    assert (client.rest(), server.responses, caplog.messages) == (b"", {}, [])
-
-
-def test_shutdown_wakes_by_itself_at_its_timeout() -> None:
-    with front(driven=False) as server:
-        client = server.client().send(LATER)
-        server.settle()
-        server.shutdown(0.05)
-        assert server.ends()
-        assert client.rest() == b""
+    assert (client.ended(), server.responses, caplog.messages) == (True, {}, [])
 
 
 def test_all_who_connected_before_the_shutdown_are_served(server: EchoServer) -> None:
@@ -1071,10 +856,10 @@ def test_a_request_that_comes_as_the_shutdown_begins_is_served(server: EchoServe
     assert client.works()
     server.at_end = lambda: server.stopping and late and client.send(late.pop())
     server.shutdown(LONG_TIME)
-    assert client.statuses() == [200]
+    play(server, client, 200, CLOSES, "the end")
 
 
-def test_shutdown_at_the_connection_limit_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
+def test_shutdown_at_the_connection_limit_is_quiet(caplog: Log) -> None:
     with front(Limits(connections=2)) as server:
         first = server.client()
         assert first.works()
@@ -1105,34 +890,26 @@ class Silent(FrontHandler):
         return lambda handler: handler.respond(204)
 
 
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX, None])
-def test_connections_wait_in_the_backlog_until_it_serves(
-    tmp_path: Path, family: socket.AddressFamily | None, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("peer", ["local", "127.0.0.1"])
+def test_connections_wait_in_the_backlog_until_it_serves(tmp_path: Path, peer: str, caplog: Log) -> None:
     caplog.set_level(logging.DEBUG)
+    listener = None
+    if peer == "local":
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / "front"))
+        listener.listen()
+    server = FrontServer(("127.0.0.1", 0), Silent, listener=listener)
     with contextlib.ExitStack() as stack:
-        listener = None
-        if family is not None:
-            listener = stack.enter_context(socket.socket(family))
-            listener.bind(str(tmp_path / "front") if family == socket.AF_UNIX else ("127.0.0.1", 0))
-            listener.listen()
-        server = FrontServer(("127.0.0.1", 0), Silent, listener=listener)
         clients = [stack.enter_context(socket.socket(server.socket.family)) for _ in range(100)]
         for client in clients:
             client.settimeout(HANG)
             client.connect(server.server_address)
-            client.sendall(req("GET / HTTP/1.1", "Connection: close"))
+            client.sendall(get("Connection: close"))
         server.shutdown()
         server.serve_forever()
         server.server_close()
         assert {client.recv(24) for client in clients} == {b"HTTP/1.1 204 No Content\r"}
-    peer = "local" if family == socket.AF_UNIX else "127.0.0.1"
-    assert set(caplog.messages) == {f"{peer} GET / 204", f"{peer} connection closed: done"}
-
-
-def test_small_responses_are_not_held_back(server: EchoServer) -> None:
-    assert server.client().works()
-    assert server.listener.accepted[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert set(caplog.messages) == {f"{peer} GET /echo 204", f"{peer} connection closed: done"}
 
 
 def test_a_pool_that_the_system_has_no_threads_for_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1160,11 +937,8 @@ def test_server_close_closes_what_an_interrupted_loop_left() -> None:
         server.serve_forever()
     assert client.silent()
     server.server_close()
-    assert (server.open_connections, client.rest()) == (0, b"")
+    assert (server.open_connections, client.ended()) == (0, True)
     server.stack.close()
-
-
-# Failures behind the front
 
 
 FAILURES = [
@@ -1181,7 +955,7 @@ FAILURES = [
 @pytest.mark.parametrize(("fail", "status", "logged"), FAILURES)
 @pytest.mark.parametrize("path", ["/123456", "/later"])
 def test_a_request_that_fails_costs_only_its_own_response(
-    server: EchoServer, caplog: pytest.LogCaptureFixture, fail: Any, status: int, logged: list[str], path: str
+    server: EchoServer, caplog: Log, fail: Any, status: int, logged: list[str], path: str
 ) -> None:
     server.routes["/123456"] = fail
     client = server.client().send(get(path=path) + PROBE)
@@ -1193,32 +967,20 @@ def test_a_request_that_fails_costs_only_its_own_response(
     assert all(record.levelname == "ERROR" and record.exc_info for record in caplog.records)
 
 
-@pytest.mark.parametrize("headers", [[], ["Content-Length: 36", "Expect: 100-continue"]])
-def test_a_check_that_fails_is_a_500(server: EchoServer, headers: list[str]) -> None:
-    play(server, server.client(), get(*headers, path="/check-fails"), 500, PROBE, "the end" if headers else 200)
+BREAKS: dict[str, tuple[Any, ...]] = {
+    "at once": (get(path="/breaks"),),
+    "refused": ("> break translate", GARBAGE),
+    "too late": ("> break translate", HALF_HEAD, 10.0),
+    "resumed": (LATER, "> fail"),
+    "behind a response": (PROBE + get(path="/breaks"), ("/", "")),
+    "behind a blocked response": (LARGE_GET + get(path="/breaks"), 200),
+}
 
 
-def test_a_resumed_request_may_be_suspended_again(server: EchoServer) -> None:
-    client = server.client().send(LATER)
-    server.complete(Echo.later)
-    server.complete(lambda handler: None)  # but not without saying so
-    assert client.response().status == 500
-
-
-BREAKS = [
-    script("at once", get(path="/breaks")),
-    script("refused", "> break translate", GARBAGE),
-    script("too late", "> break translate", HALF_HEAD, 10.0),
-    script("resumed", LATER, "> fail"),
-    script("behind a response", PROBE + get(path="/breaks"), ("/", "")),
-    script("behind a write-blocked response", LARGE_GET + get(path="/breaks"), 200),
-]
-
-
-@pytest.mark.parametrize("steps", BREAKS)
+@pytest.mark.parametrize("steps", BREAKS.values(), ids=BREAKS)
 @pytest.mark.parametrize("used", [True, False])
 def test_an_error_in_handling_an_error_is_logged_and_costs_that_connection(
-    server: EchoServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, steps: Any, used: bool
+    server: EchoServer, caplog: Log, monkeypatch: pytest.MonkeyPatch, steps: Any, used: bool
 ) -> None:
     monkeypatch.setattr(http_front, "SEND_AHEAD", 1)  # each response is sent before the next request is served
     client = server.client()
@@ -1227,9 +989,6 @@ def test_an_error_in_handling_an_error_is_logged_and_costs_that_connection(
     play(server, client, *steps, "the end", "dropped")
     assert "the server's loop goes on after an error" in caplog.messages
     assert server.client().works()
-
-
-# The table of states
 
 
 def test_the_table_of_states_is_total() -> None:
@@ -1241,9 +1000,7 @@ def test_the_table_of_states_is_total() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_a_random_walk_of_events_never_leaves_the_table_of_states(
-    server: EchoServer, caplog: pytest.LogCaptureFixture, seed: int
-) -> None:
+def test_a_random_walk_of_events_never_leaves_the_table_of_states(server: EchoServer, caplog: Log, seed: int) -> None:
     chance, client = random.Random(seed), server.client()
     kinds = [PROBE, PROBE, whole(), LATER, LARGE_GET, EXPECTS + b"12345"]
     ends = [GARBAGE, get("Connection: close"), EXPECTS.replace(b"/echo", b"/nothing")]
