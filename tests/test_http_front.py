@@ -971,6 +971,7 @@ def test_the_table_of_states_is_total() -> None:
         assert set(state.followers) <= set(State.__members__)
         assert isinstance(getattr(Limits(), state.timeout) if isinstance(state.timeout, str) else state.timeout, float)
         assert ("CLOSED" in state.followers) == (state is not State.CLOSED)
+        assert ("BUSY" in state.followers) == state.serves
     assert State.CLOSED.followers == []
 
 
@@ -987,8 +988,8 @@ def test_a_random_walk_of_events_never_leaves_the_table_of_states(server: EchoSe
         client.send(bytes(data[:size]))
         del data[:size]
 
-    events = 40 * [send, send, send, lambda: client.socket.recv(200_000), lambda: server.waiting.empty() or server.complete(),
-                   lambda: server.advance(chance.choice((0.3, 5.0)))]  # fmt: skip
+    events = 40 * [send, send, send, lambda: client.socket.recv(200_000), lambda: server.advance(chance.choice((1, 5))),
+                   lambda: server.waiting.empty() or server.complete()]  # fmt: skip
     for _ in range(60):
         with contextlib.suppress(OSError):
             chance.choice([*events, client.end, client.reset, lambda: server.shutdown(20.0)])()
