@@ -947,7 +947,7 @@ BREAKS: dict[str, tuple[Any, ...]] = {
     "refused": ("> break translate", GARBAGE),
     "too late": ("> break translate", HALF_HEAD, 10.0),
     "resumed": (LATER, "> fail"),
-    "behind a response": (PROBE + get(path="/breaks"), ("/", "")),
+    "behind responses": (PROBE * 2 + get(path="/breaks"), ("/", ""), ("/", "")),
     "behind a blocked response": (LARGE_GET + get(path="/breaks"), 200),
 }
 
