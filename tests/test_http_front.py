@@ -520,7 +520,7 @@ STEPS: dict[str, Callable[[EchoServer, Client], object]] = {
 
 def play(server: EchoServer, client: Client, *steps: Any) -> None:
     """Bytes are sent, a float moves the clock, an int is the status of the next response, a dict some of its headers,
-    a tuple what is echoed, a list the paths served so far; a text is one of `STEPS`, done once the loop is through."""
+    a tuple what it echoes, a list the paths served so far; a text is one of `STEPS`, once the loop has caught up."""
     for step in steps:
         if isinstance(step, bytes):
             client.send(step)
