@@ -4,10 +4,16 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import queue
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -17,6 +23,7 @@ from http_front import Limits
 from restapi import SmsServer
 from smsproxy import SmsProxy
 
+TESTS = Path(__file__).resolve().parent
 HANG = 30.0  # seconds after which a test has hung; nothing is paced by it
 
 
@@ -178,6 +185,60 @@ def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Itera
         thread.join(HANG)
         server.server_close()
         assert not thread.is_alive(), "the server did not stop"
+
+
+class Child(contextlib.AbstractContextManager["Child"]):
+    """The command as a process of its own on a free port; its standard error is read as it comes."""
+
+    def __init__(self, *argv: str, before: tuple[str, ...] = (), path: Path | str = "", **environ: str) -> None:
+        command = [*before, sys.executable, str(TESTS.parent / "main.py"), "--port", "0", *argv]
+        env = os.environ | {"PYTHONPATH": f"{path}{os.pathsep if path else ''}{TESTS}"} | environ
+        self.process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.log = ""
+        self._over = False
+        self._changed = threading.Condition()  # guards both
+        self._reader = threading.Thread(target=self._read, name="log of the service", daemon=True)
+        self._reader.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.kill()
+        self.ended()
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Blocks until the log matches."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or re.search(pattern, self.log), HANG)
+            found = re.search(pattern, self.log)
+        assert found is not None, self.log
+        return found
+
+    @property
+    def server_address(self) -> tuple[str, int]:
+        """Where it listens; blocks until it does."""
+        return "127.0.0.1", int(self.wait_for(r"listening on 127\.0\.0\.1 port (\d+)")[1])
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Sends the signal and waits for the end; returns the exit code."""
+        self.process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Waits for the end; the exit code, negative when a signal was the end."""
+        code = self.process.wait(HANG)
+        self._reader.join(HANG)
+        assert "Traceback" not in self.log
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                with self._changed:
+                    self.log += line
+                    self._changed.notify_all()
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
 
 
 class Listening(Protocol):
