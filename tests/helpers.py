@@ -4,17 +4,37 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from fastsmsing import Message
+import pytest
+
+from fastsmsing import FastSmsingError, Message, RejectedError
 from http_front import Limits
 from restapi import SmsServer
 from smsproxy import SmsProxy
 
+TESTS = Path(__file__).resolve().parent
 HANG = 30.0  # seconds after which a test has hung; nothing is paced by it
+
+
+@pytest.fixture(autouse=True)
+def every_thread_ends() -> Iterator[None]:
+    """A module that imports this fails each test that leaves a thread behind."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(HANG)
+        assert not thread.is_alive(), f"{thread.name} was left behind"
 
 
 class Clock:
@@ -109,6 +129,23 @@ class Scripted(Recorder):
         super().send(messages)
 
 
+class Gossip(Recorder):
+    """A provider double whose errors tell every number and text of the batch; it takes one request in four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._requests, self._lock = 0, threading.Lock()
+
+    def send(self, messages: Sequence[Message]) -> None:
+        with self._lock:
+            self._requests += 1
+            kind = (None, RejectedError, FastSmsingError, RuntimeError)[self._requests % 4]
+        if kind is not None:
+            said = "; ".join(f"{each.message} to {each.phone_number}\r\nforged" for each in messages)
+            raise kind(said) from ValueError(said, said)
+        super().send(messages)
+
+
 def returned_by(call: Callable[[], Any]) -> Any:
     """What the call returns; fails if it hangs."""
     answers: queue.Queue[Any] = queue.Queue()
@@ -150,17 +187,115 @@ def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Itera
         assert not thread.is_alive(), "the server did not stop"
 
 
+class Child(contextlib.AbstractContextManager["Child"]):
+    """The command as a process of its own on a free port; its standard error is read as it comes."""
+
+    def __init__(self, *argv: str, before: tuple[str, ...] = (), path: Path | str = "", **environ: str) -> None:
+        command = [*before, sys.executable, str(TESTS.parent / "main.py"), "--port", "0", *argv]
+        env = os.environ | {"PYTHONPATH": f"{path}{os.pathsep if path else ''}{TESTS}"} | environ
+        self.process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.log = ""
+        self._over = False
+        self._changed = threading.Condition()  # guards both
+        self._reader = threading.Thread(target=self._read, name="log of the service", daemon=True)
+        self._reader.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.kill()
+        self.ended()
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        """Blocks until the log matches."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._over or re.search(pattern, self.log), HANG)
+            found = re.search(pattern, self.log)
+        assert found is not None, self.log
+        return found
+
+    @property
+    def server_address(self) -> tuple[str, int]:
+        """Where it listens; blocks until it does."""
+        return "127.0.0.1", int(self.wait_for(r"listening on 127\.0\.0\.1 port (\d+)")[1])
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Sends the signal and waits for the end; returns the exit code."""
+        self.process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Waits for the end; the exit code, negative when a signal was the end."""
+        code = self.process.wait(HANG)
+        self._reader.join(HANG)
+        assert "Traceback" not in self.log
+        return code
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                with self._changed:
+                    self.log += line
+                    self._changed.notify_all()
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+
+
+class Listening(Protocol):
+    """Anything that serves HTTP."""
+
+    @property
+    def server_address(self) -> Any:
+        """Host, port and whatever else."""
+
+
+Response = tuple[int, Any, http.client.HTTPMessage]  # status, document or bytes, headers
+
+
+def raw(method: str, path: str, body: Any = None, *lines: str) -> bytes:
+    """One request as bytes; a dict is sent as JSON, and with None there is no length."""
+    data = json.dumps(body) if isinstance(body, dict) else body or b""
+    data = data.encode() if isinstance(data, str) else data
+    length = [] if body is None else [f"Content-Length: {len(data)}"]
+    head = [f"{method} {path} HTTP/1.1", "Host: x", *length, *lines, "", ""]
+    return "\r\n".join(head).encode("latin-1") + bytes(data)
+
+
+class Peer(contextlib.AbstractContextManager["Peer"]):
+    """A client on one connection. Every body that it gets has to end with a newline."""
+
+    def __init__(self, server: Listening) -> None:
+        self._socket = socket.create_connection(server.server_address[:2], HANG)
+        self._file = self._socket.makefile("rb")
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+        self._socket.close()
+
+    def send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def receive(self, method: str = "POST") -> Response:
+        """One response to a request with this method."""
+        status = int(self._file.readline().split()[1])
+        headers = http.client.parse_headers(self._file)
+        body = self._file.read(0 if method == "HEAD" else int(headers["Content-Length"]))
+        assert body[-1:] in (b"", b"\n")
+        return status, json.loads(body) if body and headers["Content-Type"] == "application/json" else body, headers
+
+    def exchange(self, data: bytes) -> Response:
+        self.send(data)
+        return self.receive(data.split(b" ")[0].decode())
+
+
+def exchange(server: Listening, data: bytes) -> Response:
+    """One request as bytes on a connection of its own."""
+    with Peer(server) as peer:
+        return peer.exchange(data)
+
+
 def request(
-    server: SmsServer, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
-) -> tuple[int, Any, http.client.HTTPMessage]:
-    """One request on a connection of its own; a dict is sent as JSON. Returns status, document, headers."""
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=HANG)
-    try:
-        data = json.dumps(body) if isinstance(body, dict) else body
-        connection.request(method, path, data, dict(headers or {}))
-        response = connection.getresponse()
-        payload = response.read()
-        is_json = response.headers.get_content_type() == "application/json"
-        return response.status, json.loads(payload) if is_json and payload else payload, response.headers
-    finally:
-        connection.close()
+    server: Listening, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """One request on a connection of its own."""
+    return exchange(server, raw(method, path, body, *(f"{name}: {value}" for name, value in (headers or {}).items())))

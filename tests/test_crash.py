@@ -8,13 +8,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import random
-import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -23,56 +19,23 @@ from pathlib import Path
 
 import pytest
 
-from helpers import HANG
+from helpers import HANG, Child
 from smsproxy import MessageStatus
 from sqlite_repository import SqliteRepository
 
-TESTS = Path(__file__).parent
 CALLERS = 8
 SENDERS, BATCH = 2, 20
 WINDOW = SENDERS * BATCH  # messages that one kill may cause to be sent twice
 FLAGS = (
-    "--port", "0", "--client", "recording_provider:make_client", "--senders", f"{SENDERS}", "--batch-size", f"{BATCH}",
+    "--client", "recording_provider:make_client", "--senders", f"{SENDERS}", "--batch-size", f"{BATCH}",
     "--max-delay", "0",  # so that requests are under way at every moment
 )  # fmt: skip
 RANK = {MessageStatus.ACCEPTED: 0, MessageStatus.CONFIRMED: 1, MessageStatus.FAILED: 2, MessageStatus.DELIVERED: 2}
 
 
-class Service:
-    """The command as a process of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        env = {**os.environ, "PYTHONPATH": str(TESTS), "RECORDING_FILE": str(directory / "provider.txt")}
-        command = [sys.executable, "main.py", "--db", str(directory / "sms.db"), *FLAGS]
-        self._process = subprocess.Popen(command, cwd=TESTS.parent, env=env, stderr=subprocess.PIPE, text=True)
-        self._listening = threading.Event()
-        self._log: list[str] = []
-        self._reader = threading.Thread(target=self._read, name="log of the service", daemon=True)
-        self._reader.start()
-        assert self._listening.wait(HANG) and self.port, "".join(self._log)
-
-    def _read(self) -> None:
-        self.port = 0
-        assert self._process.stderr is not None
-        with self._process.stderr as lines:
-            for line in lines:
-                self._log.append(line)
-                if found := re.search(r"listening on \S+ port (\d+)", line):
-                    self.port = int(found[1])
-                    self._listening.set()
-        self._listening.set()  # it ended; that is told by the port
-
-    def end(self, signum: int) -> int:
-        """Sends the signal and waits for the end; returns the exit code."""
-        self._process.send_signal(signum)
-        code = self._process.wait(HANG)
-        self._reader.join(HANG)
-        return code
-
-    @property
-    def errors(self) -> list[str]:
-        """What it logged as an error."""
-        return [line for line in self._log if " ERROR " in line or line.startswith("Traceback")]
+def start(directory: Path) -> Child:
+    provider = str(directory / "provider.txt")
+    return Child("--db", str(directory / "sms.db"), *FLAGS, RECORDING_FILE=provider)
 
 
 @dataclass
@@ -157,9 +120,9 @@ def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:
     directory.mkdir()
     unknown, resent_before = [], 0
     for number in range(rounds):
-        service = Service(directory)
+        service = start(directory)
         goal = len(shop.accepted) + rng.randint(1, most)
-        with callers(shop, service.port, f"{rounds}/{number}"):
+        with callers(shop, service.server_address[1], f"{rounds}/{number}"):
             shop.wait_for(goal)
             service.end(signal.SIGKILL)
         (tmp_path / f"{number}").mkdir()
@@ -171,12 +134,12 @@ def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:
         resent = times.total() - len(times)
         assert resent - resent_before <= (unknown[-2] if number else 0), "sent twice without need"
         resent_before = resent
-    service = Service(directory)
-    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=HANG)
+    service = start(directory)
+    connection = http.client.HTTPConnection(*service.server_address, timeout=HANG)
     with contextlib.closing(connection):
         for message_id in shop.accepted:
             shop.poll(connection, message_id)
-    assert (service.end(signal.SIGTERM), service.errors, shop.wrong) == (0, [], [])
+    assert (service.end(), " ERROR " in service.log, shop.wrong) == (0, False, [])
     times = taken(directory)
     assert set(shop.accepted) - set(times) == set(), "lost"
     (tmp_path / "end").mkdir()

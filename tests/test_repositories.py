@@ -43,6 +43,15 @@ class TestInMemory(RepositoryContract):
         assert 4 <= calls <= 20
         assert not any(vars(repository)[each] for each in ("_records", "_slices", "_fingerprints"))
 
+    def test_forgetting_waits_for_the_first_message_that_is_due(self, repository: Repository, clock: Clock) -> None:
+        repository.forget()
+        for number in range(2):
+            repository.save(name(number))
+            clock.advance(RETENTION * 0.4)
+        clock.advance(RETENTION * 0.1)
+        repository.forget()
+        assert repository.forget() == pytest.approx(RETENTION * 0.1, abs=RETENTION / 100)
+
     def test_a_retention_of_0_keeps_messages_for_ever(self, clock: Clock) -> None:
         repository = InMemoryRepository(0, clock=clock)
         repository.save(name(1))
