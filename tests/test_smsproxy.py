@@ -16,7 +16,7 @@ from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Clock, Gate, Gossip, Recorder, Scripted, every_thread_ends, returned_by, together
 from smsproxy import (
     FAMILIES, FINAL_STATUSES, TRANSITIONS, Batch, ClientResult, ClientStatistics, ClosedError, DuplicateMessageError,
-    Entry, IdempotencyError, Incident, InMemoryRepository, MessageStatus, Metrics, OverloadedError,
+    Entry, IdempotencyError, Incident, InMemoryRepository, MessageStatus, Metrics, OverloadedError, Reason,
     RepositoryUnavailableError, SendMessage, SmsProxy, SmsProxyConfig, Statistics, UnknownStatusError, ValidationError,
     describe, map_to_internal_status,
 )  # fmt: skip
@@ -256,6 +256,12 @@ def test_a_message_goes_from_accepted_to_delivered() -> None:
         provider.report({message_id: "CONFIRMED"})
         provider.report({message_id: "DELIVERED"})
     assert (proxy.get_status(message_id), provider.batches) == (DELIVERED, [[HELLO.to_message(message_id)]])
+
+
+def test_a_message_given_up_says_why() -> None:
+    with SmsProxy(Scripted(RejectedError()), ONE_BY_ONE) as proxy:
+        message_id = proxy.send(HELLO).id
+    assert (proxy.get_status(message_id), proxy.get_reason(message_id)) == (FAILED, Reason.REJECTED)
 
 
 CARELESS = [Mute(), Argless(), KeyboardInterrupt(), SystemExit(), *[
