@@ -58,6 +58,7 @@ def test_any_other_status_is_unknown_and_named_only_if_it_looks_like_one(status:
     with pytest.raises(UnknownStatusError, match=f"^unknown status {said}$"):
         map_to_internal_status(status)
 
+
 def test_values_are_frozen_and_slotted_and_no_repr_shows_a_number_or_a_text() -> None:
     entry = Entry(HELLO.to_message("a"), b"fingerprint")
     result = ClientResult((entry.message,), None, 1, None)
@@ -113,6 +114,7 @@ def test_a_batch_size_and_attempts_below_one_count_as_one_and_some_settings_may_
     config = SmsProxyConfig(batch_size=value, max_attempts=value, max_delay=None, max_age=None)
     assert (config.batch_size, config.max_attempts, config.max_delay, config.max_age) == (1, 1, None, None)
     assert SmsProxyConfig(max_attempts=None).max_attempts is None
+
 
 def id_of(key: str | None = None) -> str:
     return SmsProxy(Recorder()).entry(HELLO, key).message.message_id
@@ -212,6 +214,7 @@ def test_an_incident_is_logged_when_it_begins_once_a_minute_and_when_it_ends(cap
         "over after 121.0 s and 6 errors: cannot write",
         "cannot write: disk full (1 times in 0 s)",
     ]
+
 
 def test_every_series_is_there_from_the_start_at_0_and_counts_by_label() -> None:
     metrics = Metrics()

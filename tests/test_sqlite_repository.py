@@ -267,6 +267,7 @@ def test_a_start_and_a_claim_read_no_more_than_a_batch(path: Path, monkeypatch: 
         assert (repository.backlog(), batch and len(batch), batch and batch.ids[-1]) == (30_000, 100, "id100")
     assert len(steps) < 100, "more than 10,000 steps: it went through the outbox"
 
+
 def test_a_restart_keeps_statuses_reasons_fingerprints_and_the_outbox_in_order(path: Path) -> None:
     with opened(path) as repository:
         repository.save_all(entries(*"gfedcba"))
@@ -332,6 +333,7 @@ def test_numbers_and_texts_are_overwritten_when_they_are_not_needed_any_more(
     raw = b"".join(each.read_bytes() for each in path.parent.iterdir())
     found = [(f"4800000{number:04}".encode() in raw, f"<{number:04}".encode() in raw) for number in range(20)]
     assert found == [(number >= 15,) * 2 for number in range(20)]
+
 
 def commits(path: Path) -> int:
     """How many commits the write-ahead log holds (SQLite manual, "WAL-mode File Format")."""
@@ -463,6 +465,7 @@ def test_an_error_in_the_writer_reaches_its_caller_and_ends_nothing(path: Path) 
         clock.now = 2_000.0
         assert (repository.update_all({"b": DELIVERED}), ids(repository)) == ({}, ["a"])
 
+
 def test_after_the_end_every_call_is_refused_and_one_file_is_left(path: Path) -> None:
     with opened(path) as repository:
         repository.save_all(entries("a"))
@@ -498,6 +501,7 @@ def test_a_caller_is_answered_truly_or_refused_whenever_it_is_closed(path: Path,
         assert [caller.result(HANG) for caller in callers] == [None] * 4
     with opened(path) as repository:
         assert sorted(ids(repository)) == sorted(acknowledged)
+
 
 @pytest.mark.parametrize("reported", [False, True])
 def test_an_id_that_was_sent_and_forgotten_can_be_used_and_claimed_again(path: Path, reported: bool) -> None:
