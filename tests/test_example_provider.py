@@ -222,6 +222,7 @@ def test_stop_ends_a_request_under_way() -> None:
         client.stop()
         assert isinstance(sending.exception(HANG), FastSmsingError)
 
+
 def test_the_environment_describes_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])  # which the command adds to
     with StandIn() as provider:
@@ -238,6 +239,7 @@ def test_without_a_url_there_is_no_client(url: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FASTSMSING_URL", url)
     with pytest.raises(ValueError, match="URL"):
         make_client()
+
 
 class FinalsCounted(InMemoryRepository):
     """A repository that says when so many messages have a final status."""

@@ -146,9 +146,7 @@ def test_keys_come_from_the_environment_and_from_the_file_by_name(text: str, key
 @pytest.mark.parametrize("content", [
     b"zqx vkw three", "zqxęvkw".encode(), b"zqx\x00vkw", b"zqx\xffvkw", b"\xef\xbb\xbfzqxvkw", b"\n \n",
     b"shop zqx\nshop vkw"])  # fmt: skip
-def test_a_bad_keys_file_is_one_line_that_shows_no_key(
-    content: bytes, keys: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_keys_file_is_a_line_with_no_key(content: bytes, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys.write_bytes(content)
     assert refused(capsys, ["--api-keys-file", str(keys)], {}).startswith("argument --api-keys-file: ")
 
@@ -239,9 +237,7 @@ UNCHECKED = ["192.0.2.1", "::ffff:ffff", "a..b", "x" * 70, "1.2.3.4.5"]
 
 @pytest.mark.parametrize("argv", [
     *[f"{argv} --check" for argv in CHECKED], *CHECKED, *[f"--host {host}" for host in UNCHECKED]])  # fmt: skip
-def test_a_start_that_cannot_succeed_is_one_line_and_exit_1(
-    argv: str, keys: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_start_that_cannot_succeed_is_one_line(argv: str, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, line = failed(capsys, "--port", "0", *argv.format(keys=keys).split())
     assert (code, "--db" not in argv or str(keys) in line) == (1, True)
 
@@ -269,6 +265,7 @@ def test_where_the_port_is_taken_nothing_is_sent_and_the_client_is_stopped(
         code, line = failed(capsys, *argv, "--port", str(taken.getsockname()[1]))
     assert (code, "in use" in line, client.stopped.is_set(), client.batches) == (1, True, True, [])
     assert kept(db, ids) == ({MessageStatus.ACCEPTED}, 3)
+
 
 ALONE = "WARNING .* without API keys"
 SAID = [  # flags, what may be said, whether it is
@@ -307,6 +304,7 @@ def test_a_line_of_the_log_begins_with_its_time_and_cannot_be_forged() -> None:
     assert "ValueError: zażółć\nline two" in doc["exception"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", doc["time"])
 
+
 def test_only_one_socket_that_was_handed_to_this_very_process_is_taken() -> None:
     own = {"LISTEN_PID": str(os.getpid())}
     for environ in ({}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}, own):
@@ -336,6 +334,7 @@ def test_it_serves_on_the_socket_handed_over_and_says_when_it_is_ready_and_when_
         service.process.send_signal(signal.SIGTERM)
         service.wait_for("STOPPING=1")
         assert service.process.wait(HANG) == 0
+
 
 def post(child: Child, count: int) -> list[str]:
     """The IDs of so many messages, all accepted."""

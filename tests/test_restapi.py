@@ -274,6 +274,7 @@ def test_whatever_the_repository_raises_is_told_without_details_and_ends_nothing
         repository.errors.clear()
         assert exchange(server, ASKED[call])[0] in (200, 202)
 
+
 @pytest.mark.parametrize("blocking", [False, True])
 def test_a_repeat_gets_the_same_id_even_while_the_queue_is_full_and_another_message_a_422(blocking: bool) -> None:
     with service(Gate(), ONE_PENDING, Guarded(blocking=blocking)) as server:
@@ -350,6 +351,7 @@ def test_a_server_that_shuts_down_is_unhealthy() -> None:
         server.shutdown(HANG)
         repository.opened.set()
         assert peer.receive()[:2] == (503, {"Status": "UNAVAILABLE", "Reasons": ["shutting down"]})
+
 
 LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\n"])*"'
 SAMPLE = re.compile(rf"(([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{{{LABEL}(?:,{LABEL})*\}})?) ([+-]?(?:[0-9.eE+-]+|Inf)|NaN)")
@@ -458,9 +460,8 @@ def test_keys_can_be_replaced_while_it_runs(guarded: SmsServer) -> None:
     for key, status in (("first-key", 401), ("third-key", 200)):
         assert request(guarded, "GET", "/sms/x", None, {"Authorization": f"Bearer {key}"})[0] == status
 
-def test_the_debug_log_names_the_client_of_each_request_and_shows_no_key(
-    guarded: SmsServer, caplog: pytest.LogCaptureFixture
-) -> None:
+
+def test_the_debug_log_names_the_client_and_shows_no_key(guarded: SmsServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     with Peer(guarded) as peer:
         for key in ("first-key", "second-key", "wrong-key"):
@@ -574,9 +575,7 @@ def test_every_response_of_this_interface_is_described_as_it_is(description: Des
             description.check_response(operation["responses"][status], response)
 
 
-def test_the_version_the_paths_the_methods_and_the_need_of_a_key_are_described(
-    description: Description, guarded: SmsServer
-) -> None:
+def test_the_paths_the_methods_and_what_needs_a_key_are_described(description: Description, guarded: SmsServer) -> None:
     described: dict[str, str] = {}
     for path, method, operation in description.operations():
         described[path] = f"{described.get(path, '')} {method}".strip()
@@ -607,6 +606,7 @@ def test_every_example_is_as_its_schema_says_and_every_part_is_used(description:
     del components["securitySchemes"]
     parts = [f"#/components/{kind}/{name}" for kind, found in components.items() for name in found]
     assert [part for part in parts if f'"{part}"' not in text] == []
+
 
 def test_a_file_is_found_where_an_installation_puts_it_and_fails_the_start_if_it_is_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Clock, Gate, Gossip, Recorder, Scripted, every_thread_ends, returned_by, together
 from smsproxy import (
     FAMILIES, FINAL_STATUSES, TRANSITIONS, Batch, ClientResult, ClientStatistics, ClosedError, DuplicateMessageError,
-    Entry, IdempotencyError, Incident, InMemoryRepository, MessageStatus, Metrics, OverloadedError,
+    Entry, IdempotencyError, Incident, InMemoryRepository, MessageStatus, Metrics, OverloadedError, Reason,
     RepositoryUnavailableError, SendMessage, SmsProxy, SmsProxyConfig, Statistics, UnknownStatusError, ValidationError,
     describe, map_to_internal_status,
 )  # fmt: skip
@@ -58,6 +58,7 @@ UNKNOWN: list[tuple[object, str]] = [  # and what is said of it: a word that loo
 def test_any_other_status_is_unknown_and_named_only_if_it_looks_like_one(status: object, said: str) -> None:
     with pytest.raises(UnknownStatusError, match=f"^unknown status {said}$"):
         map_to_internal_status(status)
+
 
 def test_values_are_frozen_and_slotted_and_no_repr_shows_a_number_or_a_text() -> None:
     entry = Entry(HELLO.to_message("a"), b"fingerprint")
@@ -114,6 +115,7 @@ def test_a_batch_size_and_attempts_below_one_count_as_one_and_some_settings_may_
     config = SmsProxyConfig(batch_size=value, max_attempts=value, max_delay=None, max_age=None)
     assert (config.batch_size, config.max_attempts, config.max_delay, config.max_age) == (1, 1, None, None)
     assert SmsProxyConfig(max_attempts=None).max_attempts is None
+
 
 def id_of(key: str | None = None) -> str:
     return SmsProxy(Recorder()).entry(HELLO, key).message.message_id
@@ -220,6 +222,7 @@ def test_an_incident_is_logged_when_it_begins_once_a_minute_and_when_it_ends(cap
         "cannot write: disk full (1 times in 0 s)",
     ]
 
+
 def test_every_series_is_there_from_the_start_at_0_and_counts_by_label() -> None:
     metrics = Metrics()
     rows = metrics.rows()
@@ -263,6 +266,12 @@ def test_a_message_goes_from_accepted_to_delivered() -> None:
         provider.report({message_id: "CONFIRMED"})
         provider.report({message_id: "DELIVERED"})
     assert (proxy.get_status(message_id), provider.batches) == (DELIVERED, [[HELLO.to_message(message_id)]])
+
+
+def test_a_message_given_up_says_why() -> None:
+    with SmsProxy(Scripted(RejectedError()), ONE_BY_ONE) as proxy:
+        message_id = proxy.send(HELLO).id
+    assert (proxy.get_status(message_id), proxy.get_reason(message_id)) == (FAILED, Reason.REJECTED)
 
 
 CARELESS = [Mute(), Argless(), KeyboardInterrupt(), SystemExit(), *[

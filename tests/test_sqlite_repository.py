@@ -40,15 +40,11 @@ def claimed(repository: SqliteRepository, size: int = 10_000) -> Batch:
     return repository.claim(size, 0.0).batch or Batch(())
 
 
-def outbox(repository: SqliteRepository) -> list[Message]:
+def ids(repository: SqliteRepository) -> list[str]:
     """What can be claimed, in order; it stays in the outbox."""
     batch = claimed(repository)
     repository.release(batch)
-    return [entry.message for entry in batch.entries]
-
-
-def ids(repository: SqliteRepository) -> list[str]:
-    return [message.message_id for message in outbox(repository)]
+    return batch.ids
 
 
 def kinds(errors: Iterable[object]) -> list[type]:
@@ -128,7 +124,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
     return made
 
 
-# Opening
+# Opening, keeping, groups
 
 
 def test_only_the_owner_can_read_any_of_its_files(path: Path) -> None:
@@ -180,28 +176,26 @@ def test_a_file_of_schema_1_is_taken_over_with_all_it_holds(path: Path) -> None:
     with opened(path, 39.0, wall_clock=wall, clock=wall) as repository:
         found = {row[0]: repository.get(row[0]).value for row in rows}
         assert found == {row[0]: "NOT_FOUND" if row[0] == "m" else row[1] for row in rows}, "m is 39 s old"
-        assert outbox(repository) == [Message("48999", "secret text", "z"), Message("48998", "b\0", "a")]
+        batch, expected = claimed(repository), [Message("48999", "secret text", "z"), Message("48998", "b\0", "a")]
+        assert [each.message for each in batch.entries] == expected
         assert (repository.oldest(), repository.backlog()) == (40.0, 2)
         known = repository.save_all(entries("z", "d"))
         assert [getattr(error, "fingerprint", None) for error in known] == [b"mark", b"other"]
-        repository.handed_over(claimed(repository))
+        repository.handed_over(batch)
     assert b"secret text" not in path.read_bytes()
 
 
-NOT_OURS: dict[str, tuple[str | bytes, str]] = {
-    "a table of its own": ("CREATE TABLE customer (name); INSERT INTO customer VALUES ('Ann')", "something else"),
-    "a table like ours": ("CREATE TABLE message (id, status)", "something else"),
-    "a table and a version": ("CREATE TABLE customer (name); PRAGMA user_version = 1", "something else"),
-    "an application": ("PRAGMA application_id = 77", "something else"),
-    "a version alone": ("PRAGMA user_version = 1", "something else"),
-    "text": (b"Dear diary", "not a database"),
-    "garbage": (b"SQLite format 3\0" + b"\xa5" * 8_000, "not a database"),
-    "newer": (f"{OURS} 3", "newer than this program"),
-}
+NOT_OURS: dict[str, list[str | bytes]] = {  # by what is said of it
+    "something else": [
+        "CREATE TABLE customer (name); INSERT INTO customer VALUES ('Ann')", "CREATE TABLE message (id, status)",
+        "CREATE TABLE other (name); PRAGMA user_version = 1", "PRAGMA application_id = 7", "PRAGMA user_version = 1"],
+    "not a database": [b"Dear diary", b"SQLite format 3\0" + b"\xa5" * 8_000],
+    "newer than this program": [f"{OURS} 3"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("look", [SqliteRepository, check_file])
-@pytest.mark.parametrize(("content", "reason"), NOT_OURS.values(), ids=NOT_OURS)
+@pytest.mark.parametrize(("content", "reason"), [(each, reason) for reason in NOT_OURS for each in NOT_OURS[reason]])
 def test_a_file_that_is_not_ours_is_refused_and_left_as_it_was(
     look: Callable[[str], object], path: Path, content: str | bytes, reason: str
 ) -> None:
@@ -221,7 +215,11 @@ def test_a_path_where_no_file_can_be_is_refused(look: Callable[[str], object], p
         look(str(path.parent / name))
 
 
-def test_a_file_that_may_not_be_written_fails_the_check(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_makes_no_file_and_fails_for_one_that_may_not_be_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_file(str(path))
+    assert list(path.parent.iterdir()) == []
     path.touch()
     monkeypatch.setattr(os, "access", lambda *args: False)  # what the system says to anybody but root
     with pytest.raises(RepositoryUnavailableError, match="cannot be read and written"):
@@ -252,7 +250,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
     assert run(path, "PRAGMA user_version") == [(1,)]
 
 
-def test_a_start_and_a_claim_read_no_more_of_the_outbox_than_a_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_and_a_claim_read_no_more_than_a_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SqliteRepository(str(path)).close()
     numbers = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000)"
     run(path, f"{numbers} INSERT INTO outbox SELECT i, 'id' || i, 0.0, '48', 'x' FROM n")
@@ -268,9 +266,6 @@ def test_a_start_and_a_claim_read_no_more_of_the_outbox_than_a_batch(path: Path,
         batch = repository.claim(100, 5.0).batch
         assert (repository.backlog(), batch and len(batch), batch and batch.ids[-1]) == (30_000, 100, "id100")
     assert len(steps) < 100, "more than 10,000 steps: it went through the outbox"
-
-
-# Keeping, and groups
 
 
 def test_a_restart_keeps_statuses_reasons_fingerprints_and_the_outbox_in_order(path: Path) -> None:
@@ -303,12 +298,15 @@ def test_what_was_promised_is_in_the_file_the_moment_it_is_promised(path: Path, 
         assert (ids(crashed), crashed.get("a"), crashed.reason("c")) == ([], DELIVERED, Reason.REJECTED)
 
 
-def test_nothing_is_promised_or_seen_before_it_is_in_the_file(path: Path) -> None:
-    with busy(path) as (repository, saving, go_on, _):
+def test_nothing_is_promised_or_seen_before_it_is_in_the_file_and_a_close_waits_for_it(path: Path) -> None:
+    with busy(path) as (repository, saving, go_on, pool):
         found = saving.done(), repository.get("first"), ids(repository), repository.backlog()
         assert found == (False, NOT_FOUND, [], 0)
+        closing = pool.submit(repository.close)
         go_on()
-        assert (saving.result(HANG), repository.get("first"), repository.backlog()) == ([None], ACCEPTED, 1)
+        assert (saving.result(HANG), closing.result(HANG)) == ([None], None)
+    with opened(path) as repository:
+        assert (ids(repository), repository.get("first")) == (["first"], ACCEPTED)
 
 
 def test_each_commit_is_synced_to_the_disk(path: Path, connections: list[sqlite3.Connection]) -> None:
@@ -335,6 +333,7 @@ def test_numbers_and_texts_are_overwritten_when_they_are_not_needed_any_more(
     raw = b"".join(each.read_bytes() for each in path.parent.iterdir())
     found = [(f"4800000{number:04}".encode() in raw, f"<{number:04}".encode() in raw) for number in range(20)]
     assert found == [(number >= 15,) * 2 for number in range(20)]
+
 
 def commits(path: Path) -> int:
     """How many commits the write-ahead log holds (SQLite manual, "WAL-mode File Format")."""
@@ -383,7 +382,7 @@ def test_a_message_that_cannot_be_stored_costs_only_itself(repository: SqliteRep
     assert (ids(repository), repository.backlog()) == (["a", "b", "c"], 3)
 
 
-# Trouble
+# Trouble, closing, times
 
 
 @contextlib.contextmanager
@@ -447,7 +446,7 @@ def test_a_damaged_page_costs_only_what_is_on_it_and_is_told_once_and_by_a_check
         with pytest.raises(RepositoryUnavailableError, match="damaged"):
             repository.check()
         assert repository.save_all(entries("new")) == [None]
-    assert ["is damaged" in message for message in caplog.messages] == ([True] if found_by == "a change" else [])
+    assert ["is damaged" in message for message in caplog.messages] == [True] * (found_by == "a change")
 
 
 def test_a_row_that_makes_no_sense_costs_only_itself(path: Path, repository: SqliteRepository) -> None:
@@ -465,18 +464,6 @@ def test_an_error_in_the_writer_reaches_its_caller_and_ends_nothing(path: Path) 
         assert kinds(repository.update_all({"a": FAILED, "b": DELIVERED}).values()) == [TypeError, TypeError]
         clock.now = 2_000.0
         assert (repository.update_all({"b": DELIVERED}), ids(repository)) == ({}, ["a"])
-
-
-# Closing, and times
-
-
-def test_it_commits_what_waits_when_it_is_closed(path: Path) -> None:
-    with busy(path) as (repository, saving, go_on, pool):
-        closing = pool.submit(repository.close)
-        go_on()
-        assert (saving.result(HANG), closing.result(HANG)) == ([None], None)
-    with opened(path) as repository:
-        assert ids(repository) == ["first"]
 
 
 def test_after_the_end_every_call_is_refused_and_one_file_is_left(path: Path) -> None:
@@ -515,6 +502,7 @@ def test_a_caller_is_answered_truly_or_refused_whenever_it_is_closed(path: Path,
     with opened(path) as repository:
         assert sorted(ids(repository)) == sorted(acknowledged)
 
+
 @pytest.mark.parametrize("reported", [False, True])
 def test_an_id_that_was_sent_and_forgotten_can_be_used_and_claimed_again(path: Path, reported: bool) -> None:
     clock = Clock()
@@ -541,14 +529,14 @@ def test_what_is_forgotten_leaves_the_file_and_nothing_is_looked_for_before_it_m
 
 def test_the_retention_of_this_run_counts_and_time_passes_while_it_is_closed(path: Path) -> None:
     wall = Clock()
-    with opened(path, 0, wall_clock=wall) as repository:
-        repository.save("a")
-        repository.update("a", DELIVERED)
-    wall.advance(65.0)
-    for retention, expected in ((120.0, DELIVERED), (60.0, NOT_FOUND)):
+    for retention, seconds, expected in ((0.0, 65.0, DELIVERED), (120.0, 0.0, DELIVERED), (60.0, 0.0, NOT_FOUND)):
         with opened(path, retention, wall_clock=wall) as repository:
+            if not retention:
+                repository.save("a")
+                repository.update("a", DELIVERED)
             repository.forget()
             assert repository.get("a") == expected
+        wall.advance(seconds)
 
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
