@@ -61,7 +61,7 @@ HEADER_LINES = re.compile(rf"(?:{TOKEN}:[\t -~\x80-\xff]*\r\n)*")
 HOST = re.compile(r"[A-Za-z0-9\-._~%!$&'()*+;=\[\]:]*")  # RFC 3986, 3.2.2, less the comma, which joins repeats
 ABSOLUTE_FORM = re.compile(r"(?i:https?)://[^/?#]+")  # RFC 9112, 3.2.2
 DIGITS = re.compile(r"[0-9]+")  # RFC 9110, 8.6: int() would take "+5", "5_0" and other scripts' digits
-NUMBER = re.compile(r"/[0-9+%]{4,}(?![^/])")  # in a path, perhaps a phone number
+NUMBER = re.compile(r"/(?:[0-9+]|%[0-9A-Fa-f]{2}){4,}(?![^/])")  # in a path, perhaps a phone number
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 
@@ -149,7 +149,7 @@ class Parser:
         buffer, limits = self.buffer, self._limits
         if BARE_LF.search(buffer, self._scanned):
             raise HttpError(HTTPStatus.BAD_REQUEST, "a line ends without CR (RFC 9112, 2.2)", close=True)
-        if len(buffer) > limits.head:
+        if len(buffer) > limits.head + 3:  # which may be the end of it, but for one byte
             if buffer.find(b"\r\n", 0, limits.target + 32) < 0:
                 raise HttpError(HTTPStatus.REQUEST_URI_TOO_LONG, "the request line is too long", close=True)
             raise HttpError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the head is too large", close=True)
@@ -240,8 +240,8 @@ class State(enum.Enum):
     """What a connection is doing: the states that may follow, its timeout (the name of a limit, or seconds), whether
     what comes may become a request, and whether a 408 is owed when the time is over."""
 
-    IDLE = ("IDLE HEAD BODY BUSY LAST CLOSED", "idle_timeout", True, False)  # nothing of the next request has come
-    HEAD = ("IDLE BODY BUSY LAST CLOSED", "read_timeout", True, True)  # a new connection, or part of a head has come
+    IDLE = ("HEAD BODY BUSY LAST CLOSED", "idle_timeout", True, False)  # nothing of the next request has come
+    HEAD = ("BODY BUSY LAST CLOSED", "read_timeout", True, True)  # a new connection, or part of a head has come
     BODY = ("BUSY LAST CLOSED", "read_timeout", True, True)  # a head has come, and its body is awaited
     BUSY = ("IDLE LAST CLOSED", NEVER, False, False)  # a request is whole and has no response; its maker has limits
     LAST = ("LINGERING CLOSED", NEVER, False, False)  # the last response is being sent; a blocked write has a deadline
@@ -315,8 +315,10 @@ class Connection:
     def wind_down(self) -> None:
         """At shutdown: serves what is there; half a request, and a peer that does not read, get a last call."""
         self.ready(READ)
-        if self.state is not BUSY:
+        if self._write_blocked:
             self._expire_in(self.deadline - self.server.now)
+        else:
+            self._renews = True  # at the end of the iteration
 
     def drop(self, reason: str) -> None:
         """Closes the connection now; a second call does nothing."""
@@ -443,13 +445,13 @@ class FrontHandler(Connection):
         for name, value in headers.items() if headers else ():
             head += b"%b: %b\r\n" % (name.encode("latin-1"), value.encode("latin-1"))
         head += server.date
+        self._enter(LAST if last else IDLE)  # before anything leaves: a second response would pass for the next request's
         self._out += head if request.method == "HEAD" else head + body
         server.responses[request.route, status] += 1
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s%s %s %s %d", self.client_address[0], f" ({request.client})" if request.client else "",
                       request.method, self._shown, status)  # fmt: skip
         request.body = b""  # nothing of it is kept while the connection is idle
-        self._enter(LAST if last else IDLE)
         server.active[self] = None
 
     def fail(self, error: BaseException) -> None:
