@@ -472,7 +472,8 @@ class FrontHandler(Connection):
         """Runs `call(*args)`, which responds to the suspended request; an error is translated."""
         if self.state is BUSY:
             self._run(call, *args)
-            self.advance()
+            if self.parser.buffer:
+                self.advance()
 
     # For the loop
 
