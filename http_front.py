@@ -445,7 +445,8 @@ class FrontHandler(Connection):
         for name, value in headers.items() if headers else ():
             head += b"%b: %b\r\n" % (name.encode("latin-1"), value.encode("latin-1"))
         head += server.date
-        self._enter(LAST if last else IDLE)  # before anything leaves: a second response would pass for the next request's
+        # Before anything leaves: a second response, which would pass for the next request's, ends here.
+        self._enter(LAST if last else IDLE)
         self._out += head if request.method == "HEAD" else head + body
         server.responses[request.route, status] += 1
         if log.isEnabledFor(logging.DEBUG):

@@ -125,7 +125,7 @@ FLAGS: dict[str, tuple[tuple[str, Callable[[str], Any], str | None, str], ...]] 
     ),
     "keeping": (
         ("db", text, None, "SQLite file or postgresql:// URL that keeps messages and statuses (default: memory)"),
-        ("retention", number(float, 0), f"{RETENTION:g}", "seconds to remember a message after it changed; 0: for ever"),
+        ("retention", number(float, 0), f"{RETENTION:g}", "seconds to remember a message after a change; 0: for ever"),
         ("lease", number(float, 3), "30", "PostgreSQL: seconds until others send the batches of a dead process"),
     ),
     "running": (

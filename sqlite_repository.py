@@ -31,8 +31,8 @@ log = logging.getLogger("smsproxy.sqlite")
 
 APPLICATION_ID = 0x534D5350  # "SMSP": tells our files from others (SQLite manual, PRAGMA application_id)
 BUSY_TIMEOUT = 5.0  # seconds to wait while someone else, say a backup, holds the file's lock
-# Rows of one statement. A statement for each row would hand the interpreter's lock over each time, and one for every number
-# of rows would be prepared too often.
+# Rows of one statement. A statement for each row would hand the interpreter's lock over each time, and one for every
+# number of rows would be prepared too often.
 SIZES = (1, 2, 4, 8, 16, 32, 64, 100)
 # Each script leads from the schema version that is its index to the next one.
 MIGRATIONS = (
