@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from http_front import FrontHandler, FrontServer, HttpError, Limits
 from smsproxy import (
-    FAMILIES, ClosedError, Entry, Family, IdempotencyError, MessageStatus, OverloadedError, Reason,
+    FAMILIES, ClosedError, Family, IdempotencyError, MessageStatus, OverloadedError, Reason,
     RepositoryUnavailableError, SendMessage, SmsProxy, ValidationError,
 )  # fmt: skip
 

@@ -130,10 +130,10 @@ def test_an_id_is_a_uuid_of_its_version(key: str | None, version: int) -> None:
 
 
 def test_an_id_begins_with_the_time_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = []
+    ids, new_id = [], smsproxy.NewIds()
     for now in (1, 1_764_000_000_123, 2**48 - 1):
         monkeypatch.setattr("time.time_ns", lambda: now * 1_000_000 + 999_999)  # noqa: B023
-        ids.append(id_of())
+        ids.append(new_id())
         assert smsproxy.time_of(ids[-1]) == now / 1000
     assert ids == sorted(ids)
 

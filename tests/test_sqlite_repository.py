@@ -456,6 +456,27 @@ def test_a_row_that_makes_no_sense_costs_only_itself(path: Path, repository: Sql
     assert (repository.get("a"), repository.get("c")) == (CONFIRMED, DELIVERED)
 
 
+def test_a_group_of_which_one_half_cannot_be_written_tells_of_each_message_what_became_of_it(
+    path: Path, repository: SqliteRepository
+) -> None:
+    run(path, "CREATE TRIGGER bad BEFORE INSERT ON message WHEN NEW.id = 'bad' BEGIN SELECT RAISE(ABORT, 'bad');END")
+    run(path, "CREATE TRIGGER no BEFORE INSERT ON message WHEN NEW.id = 'no' BEGIN SELECT json('{');END")
+    assert kinds(repository.save_all(entries("a", "bad", "c", "no"))) == [
+        type(None), sqlite3.IntegrityError, RepositoryUnavailableError, RepositoryUnavailableError,
+    ]  # fmt: skip
+    assert ids(repository) == ["a"]
+
+
+def test_what_cannot_be_forgotten_is_an_error(path: Path) -> None:
+    clock = Clock()
+    with opened(path, 100.0, clock=clock) as repository:
+        repository.save("a")
+        run(path, "CREATE TRIGGER kept BEFORE DELETE ON message BEGIN SELECT RAISE(ABORT, 'kept');END")
+        clock.advance(1_000.0)
+        with pytest.raises(sqlite3.IntegrityError):
+            repository.forget()
+
+
 def test_an_error_in_the_writer_reaches_its_caller_and_ends_nothing(path: Path) -> None:
     clock = Clock()
     with opened(path, clock=clock) as repository:
