@@ -446,14 +446,16 @@ def test_what_the_repository_says_of_itself_is_in_the_health() -> None:
 @pytest.mark.parametrize(("method", "thread", "reason"), [
     ("update_all", "smsproxy-updater-1", "the status updater is dead"),
     ("claim", "smsproxy-sender-1", "smsproxy-sender-1 is dead")])  # fmt: skip
-def test_a_worker_that_died_is_unhealthy(method: str, thread: str, reason: str) -> None:
+def test_a_worker_that_died_is_unhealthy(method: str, thread: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+    monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), start(self))[1])
     provider, repository = Recorder(), Deadly(method, SystemExit())
     proxy = SmsProxy(provider, SmsProxyConfig(senders=1), repository=repository)
     proxy.start()
     provider.report({"a": "DELIVERED"})
     assert repository.raised.wait(HANG)
-    for worker in [each for each in threading.enumerate() if each.name == thread]:  # unless it is gone already
-        worker.join(HANG)
+    (worker,) = [each for each in started if each.name == thread]
+    worker.join(HANG)
     assert proxy.health() == ([reason], [])
     returned_by(lambda: proxy.stop(0.0))
 
