@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import math
 import os
@@ -81,24 +82,25 @@ INSERT_MESSAGES = """
     SELECT column1, 'ACCEPTED', column2 FROM (VALUES {rows}) WHERE column1 IS NOT NULL
     ON CONFLICT (id) DO UPDATE
     SET status = 'ACCEPTED', reason = NULL, changed_at = NULL, fingerprint = excluded.fingerprint
-    WHERE message.changed_at <= ? RETURNING id
 """
 INSERT_OUTBOX = f"""
     INSERT INTO outbox ({', '.join(COLUMNS)})
     SELECT * FROM (VALUES {{rows}}) WHERE column1 IS NOT NULL
 """
 _BEFORE = {  # the statuses that may lead to a status
-    status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "NULL"
+    status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "''"
     for status in MessageStatus
 }
-UPDATE_MESSAGES = {  # by the status that they get
+REFUSED = {  # by the status that is wanted: the IDs that may not get it, with the status that they have
     status: f"""
-    UPDATE message SET status = '{status.value}', reason = ?, changed_at = ?
-    WHERE id IN ({{rows}}) AND (changed_at IS NULL OR changed_at > ?) AND status IN ({_BEFORE[status]}) RETURNING id
+    SELECT column1, status FROM (VALUES {{rows}}) LEFT JOIN message
+    ON id = column1 AND (changed_at IS NULL OR changed_at > ?)
+    WHERE column1 IS NOT NULL AND (status IS NULL OR status NOT IN ({_BEFORE[status]}))
     """
     for status in MessageStatus
 }
-LEAVE_OUTBOX = "DELETE FROM outbox WHERE id IN ({rows}) RETURNING id"
+UPDATE_MESSAGES = "UPDATE message SET status = ?, reason = ?, changed_at = ? WHERE id IN ({rows})"
+LEAVE_OUTBOX = "DELETE FROM outbox WHERE id IN ({rows})"
 HANDED_OVER = "UPDATE message SET changed_at = ? WHERE id IN ({rows}) AND changed_at IS NULL"
 FINGERPRINTS = "SELECT id, fingerprint FROM message WHERE id IN ({rows}) AND (changed_at IS NULL OR changed_at > ?)"
 FORGET = "DELETE FROM message WHERE id IN (SELECT id FROM message WHERE changed_at <= ? ORDER BY changed_at LIMIT ?)"
@@ -107,7 +109,7 @@ NEWEST = """
     SELECT max(coalesce((SELECT accepted_at FROM outbox ORDER BY seq DESC LIMIT 1), 0),
     coalesce((SELECT max(changed_at) FROM message WHERE changed_at IS NOT NULL), 0))
 """
-CLAIM = f"SELECT seq, {', '.join(COLUMNS)} FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?"
+CLAIM = f"SELECT seq, {', '.join(COLUMNS)} FROM outbox WHERE seq > ? ORDER BY seq"
 STATUS = "SELECT status, reason FROM message WHERE id = ? AND (changed_at IS NULL OR changed_at > ?)"
 
 
@@ -130,6 +132,10 @@ def _execute(
         values = [*[value for row in chunk for value in row], *[None] * ((size - len(chunk)) * width)]
         found += db.execute(_sized(sql, size, width), (*first, *values, *last)).fetchall()
     return found
+
+
+def _rows(ids: Iterable[str]) -> list[tuple[str]]:
+    return [(message_id,) for message_id in ids]
 
 
 @functools.lru_cache(256)
@@ -252,61 +258,51 @@ class _Tables:
 
     def insert(self, max_pending: int | None, entries: Sequence[Entry]) -> list[Exception | None]:
         """`Repository.save_all`."""
-        now, ids = self._now(), [entry.message.message_id for entry in entries]
-        room = len(entries) if max_pending is None else max(0, max_pending - self.backlog)
-        fresh = entries
-        if room < len(entries):  # those that are known are told so, however full it is
-            known = self._fingerprints(ids)
-            first = {entry.message.message_id: entry for entry in reversed(entries)}
-            fresh = [first[each] for each in dict.fromkeys(ids) if each not in known][:room]
-        rows = [(entry.message.message_id, entry.fingerprint) for entry in fresh]
-        missing = {row[0] for row in _execute(self.db, INSERT_MESSAGES, rows, last=(self.limit(),))}
+        known = dict(_execute(self.db, FINGERPRINTS, _rows(entry.message.message_id for entry in entries),
+                              last=(self.limit(),)))  # fmt: skip
+        room = math.inf if max_pending is None else max_pending - self.backlog
         new: list[Entry] = []
-        for entry in fresh:  # of those with one ID the first counts
-            if entry.message.message_id in missing:
-                missing.remove(entry.message.message_id)
+        errors: list[Exception | None] = []
+        for entry in entries:
+            message_id = entry.message.message_id
+            if message_id in known:
+                errors.append(DuplicateMessageError(message_id, known[message_id]))
+            elif len(new) >= room:
+                errors.append(OverloadedError("too many messages are pending"))
+            else:
+                known[message_id] = entry.fingerprint
                 new.append(entry)
-        texts = [(each.message_id, now, each.phone_number, each.message) for each in (entry.message for entry in new)]
+                errors.append(None)
+        now, messages = self._now(), [entry.message for entry in new]
+        _execute(self.db, INSERT_MESSAGES, [(entry.message.message_id, entry.fingerprint) for entry in new])
+        texts = [(each.message_id, now, each.phone_number, each.message) for each in messages]
         _execute(self.db, INSERT_OUTBOX, texts)
         self.backlog += len(new)
-        saved = set(map(id, new))
-        known = self._fingerprints(ids) if len(new) < len(entries) else {}
-        return [
-            None if id(entry) in saved else DuplicateMessageError(each, known[each]) if each in known
-            else OverloadedError("too many messages are pending")
-            for entry, each in zip(entries, ids)
-        ]  # fmt: skip
-
-    def _fingerprints(self, ids: Sequence[str]) -> dict[str, bytes | None]:
-        return dict(_execute(self.db, FINGERPRINTS, [(each,) for each in ids], last=(self.limit(),)))
+        return errors
 
     def update(self, items: Sequence[tuple[str, MessageStatus | Reason]]) -> list[Exception | None]:
         """`Repository.update_all`."""
-        changed: set[str] = set()
+        refused: dict[str, str | None] = {}  # the status that forbids it
         for update in dict.fromkeys(update for _, update in items):
-            ids = [(message_id,) for message_id, each in items if each is update]
-            first = (update.value if isinstance(update, Reason) else None, self._changed_at())
-            rows = _execute(self.db, UPDATE_MESSAGES[STATUS_OF[update]], ids, first, (self.limit(),))
-            changed.update(row[0] for row in rows)
-        self._leave_outbox(changed)
-        return [None if item[0] in changed else self._refusal(*item) for item in items]
-
-    def _refusal(self, message_id: str, update: MessageStatus | Reason) -> Exception | None:
-        try:
-            check_transition(message_id, self.status(self.db, message_id), STATUS_OF[update])
-        except (SmsProxyError, ValueError) as error:  # ValueError: the row makes no sense
-            return error
-        return None
+            status, reason = STATUS_OF[update], update.value if isinstance(update, Reason) else None
+            ids = [message_id for message_id, each in items if each is update]
+            refused.update(_execute(self.db, REFUSED[status], _rows(ids), last=(self.limit(),)))
+            rows = _rows(each for each in ids if each not in refused)
+            _execute(self.db, UPDATE_MESSAGES, rows, first=(status.value, reason, self._changed_at()))
+        self._leave_outbox(message_id for message_id, _ in items if message_id not in refused)
+        return [_refusal(*item, refused[item[0]]) if item[0] in refused else None for item in items]
 
     def hand_over(self, ids: Sequence[str]) -> list[Exception | None]:
         """`Repository.handed_over`."""
-        left = [(message_id,) for message_id in self._leave_outbox(ids)]
-        _execute(self.db, HANDED_OVER, left, first=(self._changed_at(),))
+        if self._leave_outbox(ids):
+            _execute(self.db, HANDED_OVER, _rows(ids), first=(self._changed_at(),))
         return [None] * len(ids)
 
-    def _leave_outbox(self, ids: Iterable[str]) -> list[str]:
-        left = [row[0] for row in _execute(self.db, LEAVE_OUTBOX, [(message_id,) for message_id in ids])]
-        self.backlog -= len(left)
+    def _leave_outbox(self, ids: Iterable[str]) -> int:
+        before = self.db.total_changes
+        _execute(self.db, LEAVE_OUTBOX, _rows(ids))
+        left = self.db.total_changes - before
+        self.backlog -= left
         return left
 
     def forget(self, items: Sequence[None]) -> list[float]:
@@ -319,6 +315,15 @@ class _Tables:
         """Writes something that changes nothing."""
         self.db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         return [None]
+
+
+def _refusal(message_id: str, update: MessageStatus | Reason, current: str | None) -> Exception | None:
+    """Why a message with this status (None: unknown) does not get the update."""
+    try:
+        check_transition(message_id, MessageStatus(current or MessageStatus.NOT_FOUND), STATUS_OF[update])
+    except (SmsProxyError, ValueError) as error:  # ValueError: the row makes no sense
+        return error
+    return None
 
 
 # Writing
@@ -498,8 +503,8 @@ class SqliteRepository(Repository):
     def claim(self, size: int, max_delay: float | None) -> Claim:
         """See `Repository`. One SELECT."""
         with self._claims, self._reader() as db:
-            limit = min(size, 2**62) + 1 + len(self._claimed)
-            rows = [row for row in db.execute(CLAIM, (self._cursor, limit)) if row[1] not in self._claimed]
+            with contextlib.closing(db.execute(CLAIM, (self._cursor,))) as found:
+                rows = list(itertools.islice((row for row in found if row[1] not in self._claimed), size + 1))
             now = self._clock()
             age = now + self._epoch - rows[0][2] if rows else 0.0
             wait = time_to_claim(len(rows), size, age, max_delay)
