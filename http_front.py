@@ -55,7 +55,8 @@ NEVER = float("inf")
 
 METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}  # RFC 9110, 9.3; RFC 5789
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110, 5.6.2
-REQUEST_LINE = re.compile(rf"({TOKEN}) ([!-~]+) (HTTP/[0-9]\.[0-9])")  # RFC 9112, 3: SP and nothing else
+# RFC 9112, 3: SP and nothing else. The path is what comes before the query, which begins with "?".
+REQUEST_LINE = re.compile(rf"({TOKEN}) (?=[!-~])([!->@-~]*)((?:\?[!-~]*)?) (HTTP/[0-9]\.[0-9])\r\n")
 # RFC 9112, 5: no space before the colon, no obs-fold; RFC 9110, 5.5: no NUL, bare CR or other CTL in a value.
 HEADER_LINES = re.compile(rf"(?:{TOKEN}:[\t -~\x80-\xff]*\r\n)*")
 HOST = re.compile(r"[A-Za-z0-9\-._~%!$&'()*+;=\[\]:]*")  # RFC 3986, 3.2.2, less the comma, which joins repeats
@@ -127,22 +128,23 @@ class Parser:
         Raises `HttpError`, which always closes: where the next request begins is not known.
         """
         if not self.in_body:
-            buffer, self.request = self.buffer, Request()
+            buffer = self.buffer
             if buffer.startswith(b"\r\n"):  # RFC 9112, 2.2: empty lines before a request are skipped
                 buffer = self.buffer = EMPTY_LINES.sub(b"", buffer, 1)
             end = buffer.find(b"\r\n\r\n", self._scanned)
+            self.request = Request()
             if not 0 <= end <= self._limits.head:
                 self._wait_for_head()
                 return None
             self.buffer, self._scanned = buffer[end + 4 :], 0
             self._parse(buffer[: end + 2].decode("latin-1"))
-            self.in_body = True
-        request, buffer = self.request, self.buffer
-        if len(buffer) < request.length:
-            return None
-        self.in_body = False
-        if request.length:
-            request.body, self.buffer = buffer[: request.length], buffer[request.length :]
+        request = self.request
+        if length := request.length:
+            buffer = self.buffer
+            self.in_body = len(buffer) < length
+            if self.in_body:
+                return None
+            request.body, self.buffer = buffer[:length], buffer[length:]
         return request
 
     def _wait_for_head(self) -> None:
@@ -157,28 +159,30 @@ class Parser:
 
     def _parse(self, head: str) -> None:
         request = self.request
-        line, _, headers = head.partition("\r\n")
-        match = REQUEST_LINE.fullmatch(line)
-        if match is None:
+        line = REQUEST_LINE.match(head)
+        if line is None:
             raise HttpError(HTTPStatus.BAD_REQUEST, "malformed request line (RFC 9112, 3)", close=True)
-        request.method, target, version = match.groups()
+        request.method, request.path, query, version = line.groups()
         if version != "HTTP/1.1":
             if not version.startswith("HTTP/1."):
                 raise HttpError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "only HTTP/1.1 and HTTP/1.0", close=True)
             request.old = version == "HTTP/1.0"
-        if len(target) > self._limits.target:
+        if len(request.path) + len(query) > self._limits.target:
             raise HttpError(HTTPStatus.REQUEST_URI_TOO_LONG, "the target is too long", close=True)
-        request.path = target.partition("?")[0] if target.startswith("/") else _path(request.method, target)
-        request.headers, request.last, request.length = self._parse_headers(headers, request.method, request.old)
+        if not request.path.startswith("/"):
+            request.path = _path(request.method, request.path)
+        request.headers, request.last, request.length = self._parse_headers(
+            head[line.end() :], request.method, request.old
+        )
 
 
 def _path(method: str, target: str) -> str:
-    """The path of a target that does not begin with it, without the query (RFC 9112, 3.2)."""
+    """The path of a target that does not begin with it; both without the query (RFC 9112, 3.2)."""
     if absolute := ABSOLUTE_FORM.match(target):
-        path = target[absolute.end() :].partition("?")[0]
+        path = target[absolute.end() :]
         return path if path.startswith("/") else "/" + path
     if method == "CONNECT" or (method, target) == ("OPTIONS", "*"):
-        return target.partition("?")[0]
+        return target
     raise HttpError(HTTPStatus.BAD_REQUEST, "malformed request target (RFC 9112, 3.2)", close=True)
 
 
@@ -237,19 +241,21 @@ def response_head(status: int, length: int, content_type: str, connection: str) 
 
 
 class State(enum.Enum):
-    """What a connection is doing: the states that may follow, its timeout (the name of a limit, or seconds), whether
-    what comes may become a request, and whether a 408 is owed when the time is over."""
+    """What a connection is doing: the states that may follow, its timeout (the name of a limit, or seconds), and of
+    `takes` (what comes belongs to a request), `serves` (which may be served now) and `owes` (a 408 when the time is
+    over) those that are true."""
 
-    IDLE = ("HEAD BODY BUSY LAST CLOSED", "idle_timeout", True, False)  # nothing of the next request has come
-    HEAD = ("BODY BUSY LAST CLOSED", "read_timeout", True, True)  # a new connection, or part of a head has come
-    BODY = ("BUSY LAST CLOSED", "read_timeout", True, True)  # a head has come, and its body is awaited
-    BUSY = ("IDLE LAST CLOSED", NEVER, False, False)  # a request is whole and has no response; its maker has limits
-    LAST = ("LINGERING CLOSED", NEVER, False, False)  # the last response is being sent; a blocked write has a deadline
-    LINGERING = ("CLOSED", LINGER, False, False)  # what comes is thrown away until the peer closes (RFC 9112, 9.6)
-    CLOSED = ("", NEVER, False, False)
+    IDLE = ("HEAD BODY BUSY LAST CLOSED", "idle_timeout", "takes serves")  # nothing of the next request has come
+    HEAD = ("BODY BUSY LAST CLOSED", "read_timeout", "takes serves owes")  # a new one, or part of a head has come
+    BODY = ("BUSY LAST CLOSED", "read_timeout", "takes serves owes")  # a head has come, and its body is awaited
+    BUSY = ("IDLE LAST CLOSED", NEVER, "takes")  # a request is whole and has no response; its maker has limits
+    LAST = ("LINGERING CLOSED", NEVER, "")  # the last response is being sent; a blocked write has a deadline
+    LINGERING = ("CLOSED", LINGER, "")  # what comes is thrown away until the peer closes (RFC 9112, 9.6)
+    CLOSED = ("", NEVER, "")
 
-    def __init__(self, followers: str, timeout: str | float, serves: bool, owes: bool) -> None:
-        self.followers, self.timeout, self.serves, self.owes = followers.split(), timeout, serves, owes
+    def __init__(self, followers: str, timeout: str | float, properties: str) -> None:
+        self.followers, self.timeout = followers.split(), timeout
+        self.takes, self.serves, self.owes = (each in properties for each in ("takes", "serves", "owes"))
         self.label = self._name_  # plain attributes: `name` and a hash of a member cost a call each
 
     def seconds(self, limits: Limits) -> float:
@@ -286,11 +292,23 @@ class Connection:
 
     def ready(self, events: int) -> None:
         """Moves on when the socket can be read or written."""
+        self.server.active[self] = None
         if events & WRITE:
             self._flush()
-        if events & READ:
-            self._receive()
-        self.server.active[self] = None
+        if not events & READ or self.state is CLOSED:
+            return
+        try:
+            data = self.connection.recv(RECEIVE_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.drop(f"reading: {error}")
+            return
+        if not data:
+            self._half_closed = True  # the responses under way are still sent
+        elif self.state.takes:
+            self.parser.buffer += data
+            self.advance()
 
     def end_iteration(self) -> None:
         """Sends the responses, closes what has come to its end, or tells the selector what to wait for."""
@@ -299,8 +317,8 @@ class Connection:
             self._flush()
         if self._renews and not self._write_blocked:
             self._expire_in(server.timeouts[self.state.label])
-        if self in server.active:  # there is more: once again
-            return
+        if self.state is IDLE and self._interest == READ and not (self._write_blocked or self._half_closed):
+            return  # nothing of what follows (it is a twentieth of a GET)
         if self.state is LAST and not self._out:
             self._linger()
         if self._half_closed and not (self._out or self.state in (BUSY, CLOSED)):
@@ -361,23 +379,7 @@ class Connection:
             selector.unregister(self.connection)
         self._interest = interest
 
-    # Bytes in and out
-
-    def _receive(self) -> None:
-        if self.state is CLOSED:
-            return
-        try:
-            data = self.connection.recv(RECEIVE_SIZE)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self.drop(f"reading: {error}")
-            return
-        if not data:
-            self._half_closed = True  # the responses under way are still sent
-        elif self.state.serves or self.state is BUSY:
-            self.parser.buffer += data
-            self.advance()
+    # Bytes out
 
     def _flush(self) -> None:
         """Sends what the socket takes of the responses; once it took all, serves what waited for that."""

@@ -17,12 +17,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from http_front import FrontHandler, FrontServer, HttpError, Limits
 from smsproxy import (
-    FAMILIES, ClosedError, Family, IdempotencyError, MessageStatus, OverloadedError, Reason,
+    FAMILIES, ClosedError, Family, IdempotencyError, MessageStatus, OverloadedError,
     RepositoryUnavailableError, SendMessage, SmsProxy, ValidationError,
 )  # fmt: skip
 
@@ -35,8 +35,7 @@ __all__ = ["SmsHandler", "SmsServer"]
 
 log = logging.getLogger("smsproxy.rest")
 
-ALIASES = {"/sms/": "/sms", "*": "other"}  # what the metrics call a path
-GUARDED = {"/sms", "/sms/", "/sms/<id>", "/metrics"}  # need an API key, if there are any
+GUARDED = ("/sms", "/metrics")  # what begins so needs an API key, if there are any
 FIELDS = {"phone_number": "PhoneNumber", "message": "Content"}  # the domain's names and ours
 REFUSALS: dict[type[BaseException], tuple[int, int | None]] = {  # error → status, seconds before another try
     IdempotencyError: (HTTPStatus.UNPROCESSABLE_ENTITY, None),
@@ -154,7 +153,7 @@ class SmsServer(FrontServer):
         self.page_headers = page_headers(self.files["/"])
         self.set_api_keys(api_keys)
         self.posts = Group(self, proxy.accept_all, SmsHandler.accepted)
-        self.statuses = Group(self, self._look_up, SmsHandler.found)
+        self.statuses = Group(self, self._status_bodies, SmsHandler.found)
         # One at a time, and its result for all who ask meanwhile: anybody may ask.
         self.healths = Group(self, lambda items: [proxy.health()] * len(items), SmsHandler.healthy, lanes=1)
         self.metrics = Group(self, lambda items: [proxy.gauges()] * len(items), SmsHandler.measured, lanes=1)
@@ -170,13 +169,14 @@ class SmsServer(FrontServer):
         while self.asking:
             self.asking.pop().ask()
 
-    def look_up(self, message_id: str) -> tuple[MessageStatus, Reason | None]:
-        """A message's status, and why the service itself gave it up, if it did. May block."""
+    def status_body(self, message_id: str) -> bytes:
+        """A message's status, and why the service itself gave it up, if it did, as JSON. May block."""
         status = self.proxy.get_status(message_id)
-        return status, self.proxy.get_reason(message_id) if status is MessageStatus.FAILED else None
+        reason = self.proxy.get_reason(message_id) if status is MessageStatus.FAILED else None
+        return STATUS_BODIES[status] if reason is None else _json({"Status": status.value, "Reason": reason.value})
 
-    def _look_up(self, ids: Iterable[str]) -> list[tuple[MessageStatus, Reason | None]]:
-        return [self.look_up(message_id) for message_id in ids]
+    def _status_bodies(self, ids: Iterable[str]) -> list[bytes]:
+        return [self.status_body(message_id) for message_id in ids]
 
 
 class SmsHandler(FrontHandler):
@@ -186,21 +186,23 @@ class SmsHandler(FrontHandler):
 
     def route(self) -> Callable[[Any], None]:
         """What the path and the method ask for; 401, 404 and 405."""
-        name = path = self.request.path
-        method, methods = self.request.method, ROUTES.get(path)
-        if methods is None and path.startswith("/sms/") and "/" not in path[5:]:
-            name, methods = "/sms/<id>", ROUTES["/sms/<id>"]
-        self.request.route = ALIASES.get(name, name) if methods else "other"
-        if self.server.api_keys and (name in GUARDED or path.startswith(("/sms", "/metrics"))):
+        request = self.request
+        path = request.path
+        route = ROUTES.get(path)
+        if route is None:
+            route = MESSAGE if path.startswith("/sms/") and "/" not in path[5:] else NOWHERE
+        request.route = route.name
+        if self.server.api_keys and path.startswith(GUARDED):
             self._authorize()
-        if methods is None or (path == "/sms/" and method in ("GET", "HEAD")):
+        respond = route.methods.get(request.method)
+        if respond is not None:
+            return respond
+        if route is NOWHERE or (path == "/sms/" and request.method in ("GET", "HEAD")):  # the message without an ID
             raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
-        if method in methods:
-            return methods[method]
-        allow = {"Allow": ", ".join((*methods, "OPTIONS"))}
-        if method == "OPTIONS":
+        allow = {"Allow": ", ".join((*route.methods, "OPTIONS"))}
+        if request.method == "OPTIONS":
             return lambda handler: handler.respond(HTTPStatus.OK, headers=allow)
-        raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", allow)
+        raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{request.method} is not allowed here", allow)
 
     def translate(self, error: BaseException) -> HttpError | None:
         """The response to an error of the domain."""
@@ -226,7 +228,7 @@ class SmsHandler(FrontHandler):
         if server.proxy.blocking:
             server.statuses.add(self, message_id)
         else:  # in memory: at once, without the way through a group
-            self.found(server.look_up(message_id))
+            self.found(server.status_body(message_id))
 
     def health(self) -> None:
         """Tells whether this instance should get traffic."""
@@ -247,10 +249,8 @@ class SmsHandler(FrontHandler):
         message_id = self._message_id  # a UUID, so nothing in it needs escaping
         self.respond(202, f'{{"ID": "{message_id}"}}\n'.encode(), {"Location": f"/sms/{message_id}"})
 
-    def found(self, result: tuple[MessageStatus, Reason | None]) -> None:
+    def found(self, body: bytes) -> None:
         """Responds with a status."""
-        status, reason = result
-        body = STATUS_BODIES[status] if reason is None else _json({"Status": status.value, "Reason": reason.value})
         self.respond(200, body)
 
     def healthy(self, result: tuple[list[str], list[str]]) -> None:
@@ -283,15 +283,23 @@ def _get(respond: Callable[[SmsHandler], None]) -> dict[str, Callable[[SmsHandle
     return {"GET": respond, "HEAD": respond}  # RFC 9110, 9.3.2: the front leaves the body out
 
 
-_POST = {"POST": SmsHandler.send}
-ROUTES: Mapping[str, Mapping[str, Callable[[SmsHandler], None]]] = {  # path → method → what responds
+class Route(NamedTuple):
+    """What the metrics call a path, and what responds to each method there."""
+
+    name: str
+    methods: Mapping[str, Callable[[SmsHandler], None]]
+
+
+MESSAGE = Route("/sms/<id>", _get(SmsHandler.status))
+NOWHERE = Route("other", {})
+_POST = Route("/sms", {"POST": SmsHandler.send})
+ROUTES = {
     "/sms": _POST,
     "/sms/": _POST,
-    "/sms/<id>": _get(SmsHandler.status),
-    "/metrics": _get(SmsHandler.metrics),
-    "/healthz": _get(SmsHandler.health),
-    **{path: _get(SmsHandler.file) for path in FILES},
-    "*": {**_get(SmsHandler.file), **_POST},  # of the whole server: for OPTIONS alone (RFC 9110, 9.3.7)
+    "/metrics": Route("/metrics", _get(SmsHandler.metrics)),
+    "/healthz": Route("/healthz", _get(SmsHandler.health)),
+    **{path: Route(path, _get(SmsHandler.file)) for path in FILES},
+    "*": Route("other", {**_get(SmsHandler.file), **_POST.methods}),  # of the whole server: OPTIONS (RFC 9110, 9.3.7)
 }
 
 
@@ -387,7 +395,7 @@ def _exposition(server: SmsServer, gauges: Mapping[str, float]) -> Iterator[str]
                 yield f"{_series(family.name, labels)} {row[0]:.15g}"
     yield from ("# HELP smsproxy_http_responses_total HTTP responses, by route and code.",
                 "# TYPE smsproxy_http_responses_total counter")  # fmt: skip
-    names = {ALIASES.get(path, path) for path in ROUTES}
+    names = {route.name for route in (MESSAGE, *ROUTES.values())}
     responses = {**{(name, code): 0 for name in sorted(names) for code in CODES}, **server.responses}
     for (name, code), count in responses.items():
         yield f'smsproxy_http_responses_total{{route="{name}",code="{code:d}"}} {count}'

@@ -176,11 +176,10 @@ class SendMessage:
     def validate(self) -> None:
         """Raises `ValidationError` unless this can be sent. The values may be of any type."""
         number, text = self.phone_number, self.message
-        for name, value, longest in (("phone_number", number, LONGEST_NUMBER), ("message", text, LONGEST_MESSAGE)):
-            if not isinstance(value, str):
-                raise ValidationError(name, "must be a string")
-            if not 0 < len(value) <= longest:
-                raise ValidationError(name, f"must have at most {longest} characters" if value else "must not be empty")
+        if not (isinstance(number, str) and 0 < len(number) <= LONGEST_NUMBER):
+            raise ValidationError("phone_number", _problem(number, LONGEST_NUMBER))
+        if not (isinstance(text, str) and 0 < len(text) <= LONGEST_MESSAGE):
+            raise ValidationError("message", _problem(text, LONGEST_MESSAGE))
         if not (number.isascii() and number.isdigit()):
             raise ValidationError("phone_number", "must consist of the digits 0 to 9 only")
         try:
@@ -191,6 +190,12 @@ class SendMessage:
     def to_message(self, message_id: str) -> Message:
         """The message as FastSMSing gets it."""
         return Message(self.phone_number, self.message, message_id)
+
+
+def _problem(value: object, longest: int) -> str:
+    if not isinstance(value, str):
+        return "must be a string"
+    return f"must have at most {longest} characters" if value else "must not be empty"
 
 
 @dataclass(frozen=True, slots=True)
