@@ -255,7 +255,7 @@ class State(enum.Enum):
 
     def __init__(self, followers: str, timeout: str | float, properties: str) -> None:
         self.followers, self.timeout = followers.split(), timeout
-        self.takes, self.serves, self.owes = (each in properties for each in ("takes", "serves", "owes"))
+        self.takes, self.serves, self.owes = (each in properties.split() for each in ("takes", "serves", "owes"))
         self.label = self._name_  # plain attributes: `name` and a hash of a member cost a call each
 
     def seconds(self, limits: Limits) -> float:
@@ -318,7 +318,7 @@ class Connection:
         if self._renews and not self._write_blocked:
             self._expire_in(server.timeouts[self.state.label])
         if self.state is IDLE and self._interest == READ and not (self._write_blocked or self._half_closed):
-            return  # nothing of what follows (it is a twentieth of a GET)
+            return  # nothing of what follows: in place of it for speed, a twentieth of a GET's bytecodes
         if self.state is LAST and not self._out:
             self._linger()
         if self._half_closed and not (self._out or self.state in (BUSY, CLOSED)):

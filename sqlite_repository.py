@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -504,7 +505,8 @@ class SqliteRepository(Repository):
         """See `Repository`. One SELECT."""
         with self._claims, self._reader() as db:
             with contextlib.closing(db.execute(CLAIM, (self._cursor,))) as found:
-                rows = list(itertools.islice((row for row in found if row[1] not in self._claimed), size + 1))
+                unclaimed = (row for row in found if row[1] not in self._claimed)
+                rows = list(itertools.islice(unclaimed, min(size + 1, sys.maxsize)))  # one more, if only to be counted
             now = self._clock()
             age = now + self._epoch - rows[0][2] if rows else 0.0
             wait = time_to_claim(len(rows), size, age, max_delay)

@@ -1,6 +1,7 @@
 """What every repository has to do, whatever it keeps its things in. Subclasses say how to make one and how time passes."""
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -145,6 +146,11 @@ class RepositoryContract:
         assert (claim.batch, claim.waiting) == (None, 5)
         assert claim.wait == pytest.approx(50.0, abs=2.0)
         assert repository.backlog() == 25
+
+    @pytest.mark.parametrize("size", [sys.maxsize, 2**70])
+    def test_all_that_waits_can_be_claimed_at_once(self, repository: Repository, size: int) -> None:
+        repository.save_all([entry(number) for number in range(250)])
+        assert self.numbers(repository.claim(size, 0.0).batch) == list(range(250))
 
     def test_a_batch_is_due_when_its_oldest_message_is(self, repository: Repository, age: Callable[[float], None]) -> None:
         repository.save_all([entry(1)])

@@ -146,6 +146,7 @@ class Load:
     failures: list[str] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     marks: dict[int, threading.Event] = field(default_factory=dict)  # set when the request of this number begins
+    ended: threading.Event = field(default_factory=threading.Event)  # to be set when no more are to be sent
     _begin: float = 0.0
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -161,9 +162,8 @@ class Load:
     def _client(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
         for number in self._numbers:
-            if number >= self.requests:
+            if number >= self.requests or self.ended.wait(self._begin + number / self.rate - time.monotonic()):
                 break
-            time.sleep(max(0.0, self._begin + number / self.rate - time.monotonic()))
             if number in self.marks:
                 self.marks[number].set()
             self._request(connection)
@@ -214,6 +214,7 @@ def measure(requests: int, rate: float, *, restarts: int = 2, db: bool = False, 
         marks = [requests * (number + 1) // (restarts + 1) for number in range(restarts)]
         load.marks = {mark: threading.Event() for mark in marks}
         sender = threading.Thread(target=load.run, name="load")
+        undo.callback(load.ended.set)  # a restart that fails ends the load, too
         sender.start()
         codes = []
         for mark in marks:

@@ -80,9 +80,10 @@ def running(name: str, pin: Sequence[str], python: str, directory: str) -> Itera
                 post(port)
                 break
             except OSError:
+                with suppress(subprocess.TimeoutExpired):
+                    server.wait(0.05)  # which ends it at once when the server does
                 if server.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"{name} did not start") from None
-                time.sleep(0.05)
         yield port, server.pid
     finally:
         server.send_signal(signal.SIGTERM)
