@@ -295,7 +295,7 @@ class Connection:
         self.server.active[self] = None
         if events & WRITE:
             self._flush()
-        if not events & READ or self.state is CLOSED:
+        if not events & READ:
             return
         try:
             data = self.connection.recv(RECEIVE_SIZE)

@@ -135,13 +135,19 @@ class RepositoryContract:
         repository.release(batch)
         assert self.numbers(repository.claim(10, 0.0).batch) == [1, 3]
 
+    def test_what_is_refused_an_update_stays_in_the_outbox(self, repository: Repository) -> None:
+        repository.save_all([entry(1)])
+        assert list(repository.update_all({name(1): ACCEPTED})) == [name(1)]
+        assert self.numbers(repository.claim(1, 0.0).batch) == [1]
+
     # Claiming
 
     def test_a_full_batch_is_claimed_in_order_and_the_rest_has_to_wait(self, repository: Repository) -> None:
         repository.save_all([entry(number) for number in range(25)])
-        assert self.numbers(repository.claim(10, 50.0).batch) == list(range(10))
-        claim = repository.claim(10, 50.0)
-        assert self.numbers(claim.batch) == list(range(10, 20))
+        for start in (0, 10):
+            claim = repository.claim(10, 50.0)
+            assert self.numbers(claim.batch) == list(range(start, start + 10))
+            assert claim.waiting > 0  # somebody has to look after them
         claim = repository.claim(10, 50.0)
         assert (claim.batch, claim.waiting) == (None, 5)
         assert claim.wait == pytest.approx(50.0, abs=2.0)
@@ -270,6 +276,7 @@ class RepositoryContract:
         assert repository.get(name(1)) is not NOT_FOUND
         age(0.2 * RETENTION)
         assert repository.get(name(1)) is NOT_FOUND
+        assert isinstance(repository.update_all({name(1): FAILED})[name(1)], UnknownMessageError)
         repository.forget()
         assert (repository.get(name(1)), repository.reason(name(1))) == (NOT_FOUND, None)
         assert repository.save_all([entry(1)]) == [None]

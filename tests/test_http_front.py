@@ -123,6 +123,7 @@ TARGETS = [
     no("absolute-form without Host", req("GET http://a/echo HTTP/1.1", host=None)),
     ok("asterisk-form", req("OPTIONS * HTTP/1.1"), "OPTIONS", "*"),
     ok("authority-form", req("CONNECT a:80 HTTP/1.1"), "CONNECT", "a:80"),
+    no("authority-form of nothing", req("CONNECT  HTTP/1.1")),
     no("OPTIONS of a relative target", req("OPTIONS echo HTTP/1.1")),
 ]
 GOOD_HEADERS = ("X:", "X: \xff\x80\ta:b::c", "!#$%&'*+-.^_`|~09azAZ: a")  # RFC 9110, 5.5 and 5.6.2
@@ -194,6 +195,7 @@ LIMITED = [  # limits, request, what becomes of it
     pytest.param({"head": AT_LIMITS.head - 1}, REQUEST_AT_LIMITS, 431, id="head"),
     pytest.param({"headers": 2}, REQUEST_AT_LIMITS, 431, id="headers"),
     pytest.param({"target": 5}, REQUEST_AT_LIMITS, 414, id="target"),
+    pytest.param({"target": 5}, REQUEST_AT_LIMITS.replace(b"/67890", b"/67?90"), 414, id="target with a query"),
     pytest.param({"body": 4}, REQUEST_AT_LIMITS, 413, id="body"),
     pytest.param({}, b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000, 431, id="head without an end"),
     pytest.param({}, b"GET /" + b"a" * 100_000, 414, id="request line without an end"),
@@ -685,7 +687,7 @@ def test_the_debug_log_shows_no_phone_numbers(server: EchoServer, caplog: Log, t
 def test_nothing_of_a_body_is_kept_once_it_has_its_response_or_its_peer_has_gone(server: EchoServer) -> None:
     play(server, server.client(), whole(b"private" * 1000, path="/empty"), 202, "nothing comes")
     play(server, server.client(), LATER + whole(b"private"), "nothing comes", "> reset", "still open")
-    play(server, server.client(), GARBAGE + b"private", 400, "the end")
+    play(server, server.client(), GARBAGE + b"private", 400, "the end", b"private", "the loop rests")
     kept = [value for each in gc.get_objects() if isinstance(each, (Parser, http_front.Request))
             for value in (getattr(each, "body", b""), getattr(each, "buffer", b""))]  # fmt: skip
     assert kept and not any(b"private" in value for value in kept)
