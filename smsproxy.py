@@ -884,7 +884,7 @@ class _Scheduler:
         self._retries: list[_Job] = []
         self._under_way: set[_Job] = set()
         self._abandoned: list[_Job] = []
-        self._waiting = 1  # unclaimed messages: what the last look found and what was saved since; 0 only if there are none
+        self._waiting = 1  # unclaimed messages: what the last look found and was saved since; 0 only if there are none
         self._saved = self._saving = 0
         self._draining = self._closed = self._over = False
 
