@@ -1,4 +1,4 @@
-"""Doubles and small tools that several test modules share."""
+"""Small tools that several test modules share; the doubles of the provider are in providers.py."""
 from __future__ import annotations
 
 import contextlib
@@ -12,19 +12,18 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
-from fastsmsing import FastSmsingError, Message, RejectedError
 from http_front import Limits
+from providers import HANG
 from restapi import SmsServer
 from smsproxy import SmsProxy
 
 TESTS = Path(__file__).resolve().parent
-HANG = 30.0  # seconds after which a test has hung; nothing is paced by it
 
 
 @pytest.fixture(autouse=True)
@@ -48,102 +47,6 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
-
-
-class Recorder:
-    """A provider double that takes every batch at once and remembers it."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Message]] = []
-        self.subscribers: list[queue.Queue[Mapping[str, object] | None]] = []
-        self.stopped = threading.Event()
-        self._changed = threading.Condition()
-
-    def send(self, messages: Sequence[Message]) -> None:
-        with self._changed:
-            self.batches.append(list(messages))
-            self._changed.notify_all()
-
-    def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
-        self.subscribers.append(updates)
-
-    def stop(self) -> None:
-        self.stopped.set()
-        for updates in self.subscribers:
-            updates.put(None)
-
-    def report(self, reports: Mapping[str, object]) -> None:
-        """Sends one delivery report to every subscriber."""
-        for updates in self.subscribers:
-            updates.put(reports)
-
-    def wait_for(self, predicate: Callable[[list[list[Message]]], bool]) -> None:
-        """Blocks until the batches so far satisfy the predicate."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: predicate(self.batches), HANG), "the batches never came"
-
-    @property
-    def ids(self) -> list[str]:
-        """The IDs of all messages taken, in order."""
-        return [message.message_id for batch in self.batches for message in batch]
-
-
-class Gate(Recorder):
-    """A provider double that holds every request until it is opened."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entered = threading.Semaphore(0)
-        self.opened = threading.Event()
-
-    def send(self, messages: Sequence[Message]) -> None:
-        self.entered.release()
-        if not self.opened.wait(HANG):
-            raise TimeoutError("the gate was never opened")
-        super().send(messages)
-
-    def wait_entered(self, requests: int = 1) -> None:
-        """Blocks until so many more requests wait at the gate."""
-        for _ in range(requests):
-            assert self.entered.acquire(timeout=HANG), "no request came to the gate"
-
-
-class Scripted(Recorder):
-    """A provider double whose requests raise what the script says, one entry a request; None takes the batch.
-
-    Once the script is over every batch is taken. `attempts` has every request, the failed ones, too.
-    """
-
-    def __init__(self, *script: BaseException | None) -> None:
-        super().__init__()
-        self.script = list(script)
-        self.attempts: list[list[Message]] = []
-        self._lock = threading.Lock()
-
-    def send(self, messages: Sequence[Message]) -> None:
-        with self._lock:
-            self.attempts.append(list(messages))
-            error = self.script.pop(0) if self.script else None
-        if error is not None:
-            raise error
-        super().send(messages)
-
-
-class Gossip(Recorder):
-    """A provider double whose errors tell every number and text of the batch; it takes one request in four."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._requests, self._lock = 0, threading.Lock()
-
-    def send(self, messages: Sequence[Message]) -> None:
-        with self._lock:
-            self._requests += 1
-            kind = (None, RejectedError, FastSmsingError, RuntimeError)[self._requests % 4]
-        if kind is not None:
-            said = "; ".join(f"{each.message} to {each.phone_number}\r\nforged" for each in messages)
-            raise kind(said) from ValueError(said, said)
-        super().send(messages)
 
 
 def returned_by(call: Callable[[], Any]) -> Any:

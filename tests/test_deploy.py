@@ -189,7 +189,7 @@ def test_the_installed_command_serves(kind: str, wheel: Path, tmp_path: Path) ->
 def test_two_restarts_under_load_fail_no_request_and_lose_no_message(direct: bool, db: bool) -> None:
     if not direct:
         tool("nginx")
-    report = restarts.measure(600, math.inf, db=db, direct=direct)
+    report = restarts.measure(300, math.inf, db=db, direct=direct)
     assert (report.failures, report.lost, report.doubled, report.codes) == ([], 0, 0, [0, 0, 0])
 
 

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import cli_providers
 import main
+import providers
 from fastsmsing import InMemoryClient, Message
-from helpers import HANG, TESTS, Child, Recorder, request, serving
+from helpers import HANG, TESTS, Child, request, serving
+from providers import Recorder
 from restarts import Service
 from smsproxy import Entry, MessageStatus, SmsProxy, SmsProxyConfig, SmsProxyError
 from sqlite_repository import SqliteRepository
@@ -61,9 +62,9 @@ FLAGS: dict[str, tuple[object, str, object, tuple[str, ...]]] = {
     "max-delay": (5.0, "2.5", 2.5, ("", "x", "-1", "nan", "inf", "-0.1")),
     "senders": (4, "7", 7, ("", "0", "x", "1.5", "9" * 400)),
     "max-pending": (100_000, "700", 700, ("", "0", "x", "99", "9" * 400)),
-    "client": ("fastsmsing:InMemoryClient", "cli_providers:Late", "cli_providers:Late", (
+    "client": ("fastsmsing:InMemoryClient", "providers:Late", "providers:Late", (
         "", "nowhere:Client", "fastsmsing:Nothing", "fastsmsing", ":x", "fastsmsing:", "main:__version__", ".x:y",
-        "a b:c d", "cli_providers:nothing")),
+        "a b:c d", "providers:nothing")),
     "max-attempts": (100, "7", 7, ("", "x", "1.5", "9" * 400)),
     "backoff-base": (0.5, "0.25", 0.25, ("", "x", "-1", "nan", "inf", "none")),
     "backoff-max": (30.0, "60", 60.0, ("", "x", "-1", "nan", "inf", "none")),
@@ -210,7 +211,7 @@ def failed(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
 
 
 def test_a_check_needs_no_port_and_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--check", "--db", str(tmp_path / "new.db"), "--client", "cli_providers:Late"]
+    argv = ["--check", "--db", str(tmp_path / "new.db"), "--client", "providers:Late"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, out, err = ended(capsys, *argv, "--port", str(taken.getsockname()[1]))
     assert (code, "good" in out, err, list(tmp_path.iterdir())) == (0, True, "", [])
@@ -231,7 +232,7 @@ def test_a_client_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
     assert main.parse_args(["--client", "shop_of_this_test:A.InMemoryClient"], {}).make_client is InMemoryClient
 
 
-CHECKED = ["--client cli_providers:broken", "--client cli_providers:demanding", "--client builtins:dict", "--db {keys}"]
+CHECKED = ["--client providers:broken", "--client providers:demanding", "--client builtins:dict", "--db {keys}"]
 UNCHECKED = ["192.0.2.1", "::ffff:ffff", "a..b", "x" * 70, "1.2.3.4.5"]
 
 
@@ -259,8 +260,8 @@ def test_where_the_port_is_taken_nothing_is_sent_and_the_client_is_stopped(
     db: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids, client = fill(db, 3), Recorder()  # a real one may have threads that would keep the process alive
-    monkeypatch.setattr(cli_providers, "Late", lambda: client)
-    argv = ["--client", "cli_providers:Late", "--db", str(db), "--max-delay", "0"]
+    monkeypatch.setattr(providers, "Late", lambda: client)
+    argv = ["--client", "providers:Late", "--db", str(db), "--max-delay", "0"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, line = failed(capsys, *argv, "--port", str(taken.getsockname()[1]))
     assert (code, "in use" in line, client.stopped.is_set(), client.batches) == (1, True, True, [])
@@ -270,7 +271,7 @@ def test_where_the_port_is_taken_nothing_is_sent_and_the_client_is_stopped(
 ALONE = "WARNING .* without API keys"
 SAID = [  # flags, what may be said, whether it is
     ("--batch-size 7 --max-delay 2.5", f"INFO .* smsproxy {main.__version__}: .*batch_size=7 .*max_delay=2.5", True),
-    ("", "WARNING .* nothing is sent to anybody", True), ("--client cli_providers:Late", "nothing is sent to", False),
+    ("", "WARNING .* nothing is sent to anybody", True), ("--client providers:Late", "nothing is sent to", False),
     ("", "INFO .* a restart loses them", True), ("--db {keys}.db", "a restart loses them", False),
     *[(f"--host {host}", ALONE, True) for host in ("0.0.0.0", "::", "192.0.2.1", "::1ffe", "localhost.example.com")],
     *[(f"--host {host}", ALONE, False) for host in ("::1", "localhost", "0.0.0.0 --api-keys-file {keys}")],
@@ -343,7 +344,7 @@ def post(child: Child, count: int) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_in_memory_a_signal_flushes_what_lingers_and_the_end_is_0(number: int) -> None:
-    with Child("--max-delay", "none", "--client", "cli_providers:Late") as child:
+    with Child("--max-delay", "none", "--client", "providers:Late") as child:
         ids = post(child, 3)
         assert child.end(number) == 0
     assert f"handed over 3 messages at attempt 1: {' '.join(ids)}" in child.log
@@ -351,7 +352,7 @@ def test_in_memory_a_signal_flushes_what_lingers_and_the_end_is_0(number: int) -
 
 @pytest.mark.parametrize(("client", "timeout"), [("Down", "0.2"), ("Rejecting", "10"), ("Hanging", "0.1")])
 def test_in_memory_the_end_is_1_and_names_what_was_not_handed_over(client: str, timeout: str) -> None:
-    argv = ["--max-delay", "none", "--client", f"cli_providers:{client}", "--drain-timeout", timeout]
+    argv = ["--max-delay", "none", "--client", f"providers:{client}", "--drain-timeout", timeout]
     with Child("--batch-size", "10", *argv) as child:
         ids = post(child, 6)
         assert child.end() == 1
@@ -360,12 +361,12 @@ def test_in_memory_the_end_is_1_and_names_what_was_not_handed_over(client: str, 
 
 
 def test_a_durable_end_is_0_at_once_and_the_next_start_sends_the_rest_in_order(db: Path) -> None:
-    with Child("--max-delay", "none", "--client", "cli_providers:Late", "--db", str(db)) as child:
+    with Child("--max-delay", "none", "--client", "providers:Late", "--db", str(db)) as child:
         ids = post(child, 3)
         assert child.end() == 0
     assert "3 messages wait in the outbox for the next start" in child.log
     assert kept(db, ids) == ({MessageStatus.ACCEPTED}, 3)
-    with Child("--max-delay", "0", "--client", "cli_providers:Late", "--db", str(db)) as child:
+    with Child("--max-delay", "0", "--client", "providers:Late", "--db", str(db)) as child:
         child.wait_for(f"handed over 3 messages at attempt 1: {' '.join(ids)}")
         assert child.end() == 0
     assert kept(db, ids) == ({MessageStatus.DELIVERED}, 0)
@@ -373,7 +374,7 @@ def test_a_durable_end_is_0_at_once_and_the_next_start_sends_the_rest_in_order(d
 
 def test_a_durable_end_with_a_provider_that_hangs_is_1_and_loses_nothing(db: Path) -> None:
     ids = fill(db, 3)
-    argv = ["--max-delay", "0", "--drain-timeout", "0.1", "--client", "cli_providers:Hanging", "--db", str(db)]
+    argv = ["--max-delay", "0", "--drain-timeout", "0.1", "--client", "providers:Hanging", "--db", str(db)]
     with Child(*argv) as child:
         child.wait_for("the provider hangs")
         assert child.end() == 1
@@ -381,7 +382,7 @@ def test_a_durable_end_with_a_provider_that_hangs_is_1_and_loses_nothing(db: Pat
 
 
 def test_a_client_that_does_not_read_does_not_eat_the_drain() -> None:
-    argv = ["--max-delay", "none", "--client", "cli_providers:Late", "--drain-timeout", str(4 * HANG)]
+    argv = ["--max-delay", "none", "--client", "providers:Late", "--drain-timeout", str(4 * HANG)]
     with Child(*argv) as child, socket.create_connection(child.server_address) as reader:
         ids = post(child, 1)
         reader.settimeout(0.2)  # nobody reads, so this is when everything is full
@@ -394,7 +395,7 @@ def test_a_client_that_does_not_read_does_not_eat_the_drain() -> None:
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_while_it_drains_nobody_can_connect_and_a_second_signal_ends_it_at_once(second: int) -> None:
-    argv = ["--batch-size", "1", "--client", "cli_providers:Hanging", "--drain-timeout", str(4 * HANG)]
+    argv = ["--batch-size", "1", "--client", "providers:Hanging", "--drain-timeout", str(4 * HANG)]
     with Child(*argv) as child:
         post(child, 1)
         child.wait_for("the provider hangs")
@@ -406,7 +407,7 @@ def test_while_it_drains_nobody_can_connect_and_a_second_signal_ends_it_at_once(
 
 
 @pytest.mark.parametrize(("factory", "module", "code"), [
-    ("early:x", "ipaddress", -signal.SIGINT), ("early:x", "early", 130), ("cli_providers:interrupted", "unused", 130)])
+    ("early:x", "ipaddress", -signal.SIGINT), ("early:x", "early", 130), ("providers:interrupted", "unused", 130)])
 def test_an_interrupt_before_it_serves_ends_it_quietly(factory: str, module: str, code: int, tmp_path: Path) -> None:
     interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise AssertionError\n"
     (tmp_path / f"{module}.py").write_text(interrupt)  # Python finds it in the place of one of its own
@@ -418,7 +419,7 @@ def test_an_interrupt_before_it_serves_ends_it_quietly(factory: str, module: str
 def test_a_signal_while_the_senders_start_is_a_stop_like_any_other(db: Path, tmp_path: Path) -> None:
     ids = fill(db, 3)
     (tmp_path / "stopping.py").write_text(
-        "import os, signal, threading\nfrom cli_providers import Late\nstart = threading.Thread.start\n"
+        "import os, signal, threading\nfrom providers import Late\nstart = threading.Thread.start\n"
         "def start_and_signal(thread):\n    start(thread)\n"
         "    if thread.name == 'smsproxy-sender-1': os.kill(os.getpid(), signal.SIGTERM)\n"
         "threading.Thread.start = start_and_signal\n"
@@ -466,7 +467,7 @@ def test_the_limit_of_open_files_is_raised_or_fewer_connections_are_allowed(limi
 
 def test_everything_can_be_set_by_the_environment_and_no_key_number_or_text_is_in_the_log(keys: Path) -> None:
     environ = {"LOG_FORMAT": "json", "LOG_LEVEL": "debug", "BATCH_SIZE": "1", "API_KEYS": "env-key,other-key",
-               "API_KEYS_FILE": str(keys), "CLIENT": "cli_providers:Rejecting", "MAX_DELAY": ""}  # fmt: skip
+               "API_KEYS_FILE": str(keys), "CLIENT": "providers:Rejecting", "MAX_DELAY": ""}  # fmt: skip
     with Child(**{f"SMSPROXY_{name}": value for name, value in environ.items()}) as child:
         found = [request(child, "POST", "/sms", GOOD, {"Authorization": f"Bearer {key}"})[0]
                  for key in ("env-key", "other-key", "key-of-the-file", "env-key-typo")]  # fmt: skip

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 
 from fastsmsing import FastSmsingError, InMemoryClient, RejectedError
-from helpers import HANG, Recorder, Scripted, request, serving
+from helpers import HANG, request, serving
+from providers import Recorder, Scripted
 from restapi import SmsServer
 from smsproxy import SendMessage, SmsProxy, SmsProxyConfig
 

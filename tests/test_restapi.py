@@ -20,7 +20,8 @@ import pytest
 import main
 import restapi
 from fastsmsing import FastSmsingError, RejectedError
-from helpers import HANG, Gate, Peer, Recorder, Response, Scripted, exchange, raw, request, serving
+from helpers import HANG, Peer, Response, exchange, raw, request, serving
+from providers import Gate, Recorder, Scripted
 from restapi import SmsServer
 from smsproxy import FAMILIES, InMemoryRepository, Reason, RepositoryUnavailableError, SmsProxy, SmsProxyConfig
 

@@ -14,7 +14,8 @@ import pytest
 import fastsmsing
 import smsproxy
 from fastsmsing import FastSmsingError, RejectedError
-from helpers import HANG, Clock, Gate, Gossip, Recorder, Scripted, every_thread_ends, returned_by, together
+from helpers import HANG, Clock, every_thread_ends, returned_by, together
+from providers import Gate, Gossip, Recorder, Scripted
 from smsproxy import (
     FAMILIES, FINAL_STATUSES, TRANSITIONS, Batch, ClientResult, ClientStatistics, ClosedError, DuplicateMessageError,
     Entry, IdempotencyError, Incident, InMemoryRepository, MessageStatus, Metrics, OverloadedError, Reason,

@@ -10,18 +10,9 @@ from postgres import PostgresRepository
 from repository_contract import RETENTION, RepositoryContract
 
 
-@pytest.fixture(scope="module")
-def url(cluster: Cluster) -> str:
-    """One database for all tests of the contract."""
-    return cluster.create("contract")
-
-
 class TestPostgresRepository(RepositoryContract):
-    """The whole of it, on one database that is emptied for each test."""
-
     @pytest.fixture
-    def repository(self, cluster: Cluster, url: str) -> Iterator[PostgresRepository]:
-        cluster.sql(url, "DROP SCHEMA IF EXISTS smsproxy CASCADE")
+    def repository(self, url: str) -> Iterator[PostgresRepository]:
         repository = PostgresRepository(url, RETENTION, lease=10 * RETENTION)  # far longer than anything that passes
         yield repository
         repository.close()

@@ -118,7 +118,7 @@ def run_round(cluster: Cluster, url: str, directory: Path, rng: random.Random) -
         assert statuses <= {"DELIVERED", "CONFIRMED", "ACCEPTED"}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_one_instance_dies_and_one_hangs_and_nothing_is_lost(cluster: Cluster, url: str, tmp_path: Path, seed: int) -> None:
     run_round(cluster, url, tmp_path, random.Random(seed))
 
@@ -166,13 +166,13 @@ def test_a_rolling_restart_hands_the_work_on_at_once(cluster: Cluster, url: str,
 def test_three_instances_make_as_many_requests_as_one(cluster: Cluster, url: str, tmp_path: Path) -> None:
     """The same messages at the same moments go to a service of one instance and to one of three."""
     services = []
-    for name, database, count in (("one", cluster.create(url.rpartition("/")[2] + "_one"), 1), ("three", url, 3)):
+    for name, database, count in (("one", cluster.create("one"), 1), ("three", url, 3)):
         (tmp_path / name).mkdir()
         services.append(Service(tmp_path / name, database, count, "--max-delay", "0.5", "--batch-size", "20"))
     rng = random.Random(7)
     with services[0].running(), services[1].running(), ThreadPoolExecutor(2) as pool:
         ids: list[list[str]] = [[], []]
-        for _ in range(250):
+        for _ in range(150):
             targets = [rng.choice(service.instances) for service in services]
             for answers, (_, document) in zip(ids, pool.map(Instance.post, targets)):
                 answers.append(document["ID"])
@@ -180,7 +180,7 @@ def test_three_instances_make_as_many_requests_as_one(cluster: Cluster, url: str
         for service, answers in zip(services, ids):
             await_sent(service, answers)
     one, three = (len(service.requests()) for service in services)
-    print(f"requests for 250 messages: {one} with one instance, {three} with three")
+    print(f"requests for 150 messages: {one} with one instance, {three} with three")
     assert three <= 1.1 * one + 1
 
 

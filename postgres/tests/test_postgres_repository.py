@@ -481,7 +481,7 @@ def test_connections_killed_at_random_statements_lose_nothing(cluster: Cluster, 
     with ThreadPoolExecutor(5) as pool:
         killer, carrier = pool.submit(kill, url, ended), pool.submit(carry)
         try:
-            list(pool.map(save, range(300)))
+            list(pool.map(save, range(150)))
         finally:
             saved.set()
             carrier.exception(HANG)
@@ -490,7 +490,7 @@ def test_connections_killed_at_random_statements_lose_nothing(cluster: Cluster, 
         carrier.result(HANG)
     let_pass(cluster, url, LEASE + 1)  # so much for the claims whose answers were lost
     carry()
-    assert sorted(sent, key=int) == [f"{number}" for number in range(300)]
+    assert sorted(sent, key=int) == [f"{number}" for number in range(150)]
 
 
 def test_a_deadlock_is_tried_again(monkeypatch: pytest.MonkeyPatch, repository: PostgresRepository) -> None:
