@@ -119,6 +119,8 @@ class MessageStatus(str, Enum):
     FAILED = "FAILED"
     DELIVERED = "DELIVERED"
 
+    __hash__ = str.__hash__  # Enum's own is in Python, and statuses are looked up for each message
+
 
 class Reason(str, Enum):
     """Why the proxy gave a message up. As an update of a message it makes the message `FAILED`."""
@@ -126,6 +128,8 @@ class Reason(str, Enum):
     REJECTED = "rejected"  # FastSMSing refuses it
     ATTEMPTS = "attempts"  # all attempts are used
     EXPIRED = "expired"  # older than `max_age`
+
+    __hash__ = str.__hash__
 
 
 FINAL_STATUSES = frozenset({MessageStatus.FAILED, MessageStatus.DELIVERED})
@@ -885,6 +889,7 @@ class _Scheduler:
         self._under_way: set[_Job] = set()
         self._abandoned: list[_Job] = []
         self._waiting = 1  # unclaimed messages: what the last look found and was saved since; 0 only if there are none
+        self._look_at = -math.inf  # when the oldest of them may be due; before, only a full batch is worth a look
         self._saved = self._saving = 0
         self._draining = self._closed = self._over = False
 
@@ -903,6 +908,8 @@ class _Scheduler:
             self._saving -= 1
             self._saved += saved
             self._waiting += saved
+            if not before:
+                self._look_at = -math.inf
             if saved and (not before or before < size <= self._waiting):
                 (self._looker if self._looking else self._sleepers).notify()
             if self._draining:
@@ -934,13 +941,16 @@ class _Scheduler:
         with self._lock:
             now = self._clock()
             wait = self._wait(now)
-            claims = wait == 0 and len(self._retries) < self._config.senders and (
+            room = wait == 0 and len(self._retries) < self._config.senders and (
                 self._waiting > 0 or self._repository.poll is not None)  # fmt: skip
+            claims = room and (self._waiting >= self._config.batch_size or now >= self._look_at)
             if wait == 0 and not (claims and self._breaker.opened_at is not None):
                 if (job := self._ready(now)) is not None:
                     return job
                 wait = self._until_retry(now)
             if not claims:
+                if room:
+                    wait = self._look_at - now if wait is None else min(wait, self._look_at - now)
                 if not self._over:
                     self._looker.wait(None if wait is None else min(wait, threading.TIMEOUT_MAX))
                 return None
@@ -951,14 +961,11 @@ class _Scheduler:
             self._waiting = claim.waiting + self._saved - seen
             if claim.batch is not None:
                 self._retries.append(_Job(claim.batch))
-            if (job := self._ready(now)) is not None:
-                return job
+            unseen = claim.batch is not None or (self._saved != seen and not claim.waiting)
+            self._look_at = -math.inf if unseen else now + self._until_look(claim.wait)
             if self._draining:
                 self._quiet.notify_all()
-            news = self._saved != seen and (not claim.waiting or self._waiting >= self._config.batch_size)
-            if not (news or self._over or claim.batch is not None):
-                self._looker.wait(self._earliest(now, claim.wait))
-        return None
+            return self._ready(now)
 
     def _claim(self) -> Claim:
         try:
@@ -986,12 +993,11 @@ class _Scheduler:
     def _until_retry(self, now: float) -> float | None:
         return min((max(0.0, job.not_before - now) for job in self._retries), default=None)
 
-    def _earliest(self, now: float, due: float | None) -> float | None:
-        """Seconds until the oldest message is due, a retry is ready, or it is time to look for others' messages."""
+    def _until_look(self, due: float | None) -> float:
+        """Seconds until the oldest message is due, or it is time to look for others' messages."""
         poll = self._repository.poll
         look = None if poll is None else poll * (0.5 + self._rng())  # with jitter, or all instances look together
-        waits = [wait for wait in (due, look, self._until_retry(now)) if wait is not None]
-        return min(*waits, threading.TIMEOUT_MAX) if waits else None
+        return min((wait for wait in (due, look) if wait is not None), default=math.inf)
 
     # How a request ended
 
@@ -1040,7 +1046,7 @@ class _Scheduler:
     def drain(self) -> None:
         """From now on nothing lingers and backoffs are short; of a durable outbox nothing is claimed any more."""
         with self._lock:
-            now, self._draining = self._clock(), True
+            now, self._draining, self._look_at = self._clock(), True, -math.inf
             self._breaker.hasten(now)
             for job in self._retries:
                 job.not_before = self._breaker.no_later(job.not_before, now)

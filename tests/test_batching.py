@@ -240,6 +240,22 @@ def test_nobody_wakes_while_there_is_nothing_to_do(shop: MakeShop, world: World)
     assert world.switches - before == 1  # this thread's own
 
 
+def test_the_outbox_is_looked_at_only_when_a_batch_may_be_due(shop: MakeShop, world: World) -> None:
+    looks: list[float] = []
+
+    class Watched(InMemoryRepository):
+        def claim(self, size: int, max_delay: float | None) -> Any:
+            looks.append(world.now)
+            return super().claim(size, max_delay)
+
+    it = shop(away(20.0, 25.0), repository=Watched(0, clock=world.clock), batch_size=20, max_delay=2.0, latency=0.1)
+    for rate in (8.0, 16.0):  # the linger ends, and batches fill
+        it.load(30.0, rate, count=1)
+    world.wait(2.0)
+    batches = len({request.ids[0] for request in it.requests})
+    assert len(looks) <= 2 * batches + 1  # one that starts the linger and one that takes the batch
+
+
 # An outage
 
 
