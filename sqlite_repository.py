@@ -92,12 +92,12 @@ _BEFORE = {  # the statuses that may lead to a status
     status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "''"
     for status in MessageStatus
 }
-REFUSED = {  # by the status that is wanted: the IDs that may not get it, with the status that they have
+NOTABLE = {  # by the status that is wanted: IDs with their status, and whether that forbids it; the others may get it
     status: f"""
-    SELECT column1, status FROM (VALUES {{rows}}) LEFT JOIN message
+    SELECT column1, status, status IS NULL OR status NOT IN ({_BEFORE[status]}) FROM (VALUES {{rows}}) LEFT JOIN message
     ON id = column1 AND (changed_at IS NULL OR changed_at > ?)
-    WHERE column1 IS NOT NULL AND (status IS NULL OR status NOT IN ({_BEFORE[status]}))
-    """
+    WHERE column1 IS NOT NULL AND (changed_at IS NULL OR status NOT IN ({_BEFORE[status]}))
+    """  # what is unknown, in the outbox, or forbidden
     for status in MessageStatus
 }
 UPDATE_MESSAGES = "UPDATE message SET status = ?, reason = ?, changed_at = ? WHERE id IN ({rows})"
@@ -284,13 +284,18 @@ class _Tables:
     def update(self, items: Sequence[tuple[str, MessageStatus | Reason]]) -> list[Exception | None]:
         """`Repository.update_all`."""
         refused: dict[str, str | None] = {}  # the status that forbids it
+        waiting: list[str] = []  # in the outbox
         for update in dict.fromkeys(update for _, update in items):
             status, reason = STATUS_OF[update], update.value if isinstance(update, Reason) else None
             ids = [message_id for message_id, each in items if each is update]
-            refused.update(_execute(self.db, REFUSED[status], _rows(ids), last=(self.limit(),)))
+            for message_id, current, forbids in _execute(self.db, NOTABLE[status], _rows(ids), last=(self.limit(),)):
+                if forbids:
+                    refused[message_id] = current
+                else:
+                    waiting.append(message_id)
             rows = _rows(each for each in ids if each not in refused)
             _execute(self.db, UPDATE_MESSAGES, rows, first=(status.value, reason, self._changed_at()))
-        self._leave_outbox(message_id for message_id, _ in items if message_id not in refused)
+        self._leave_outbox(waiting)
         return [_refusal(*item, refused[item[0]]) if item[0] in refused else None for item in items]
 
     def hand_over(self, ids: Sequence[str]) -> list[Exception | None]:

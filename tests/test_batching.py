@@ -256,6 +256,40 @@ def test_the_outbox_is_looked_at_only_when_a_batch_may_be_due(shop: MakeShop, wo
     assert len(looks) <= 2 * batches + 1  # one that starts the linger and one that takes the batch
 
 
+def test_a_message_saved_during_a_look_that_finds_nothing_lingers_no_longer(shop: MakeShop, world: World) -> None:
+    class Slow(InMemoryRepository):
+        def claim(self, size: int, max_delay: float | None) -> Any:
+            claim = super().claim(size, max_delay)
+            world.wait(0.5)
+            return claim
+
+    it = shop(repository=Slow(0, clock=world.clock), max_delay=2.0)
+    world.wait(0.25)  # the first look is under way
+    it.post()
+    world.wait(10.0)
+    assert it.starts == [3.25]  # due at 2.25, and two looks take a while
+
+
+def test_messages_of_others_are_found_at_random_times(shop: MakeShop, world: World) -> None:
+    looks: list[float] = []
+
+    class Shared(InMemoryRepository):
+        poll = 1.0
+
+        def claim(self, size: int, max_delay: float | None) -> Any:
+            looks.append(world.now)
+            return super().claim(size, max_delay)
+
+    it = shop(repository=Shared(0, clock=world.clock), max_delay=2.0)
+    world.wait(100.0)
+    pauses = [round(after - before, 3) for before, after in zip(looks, looks[1:])]
+    assert (min(pauses) >= 0.5, max(pauses) <= 1.5, len(set(pauses)) > 10) == (True, True, True)
+    it.repository.save_all([Entry(Message("48123456789", "Hi", "from another instance"))])
+    world.wait(10.0)
+    assert [request.ids for request in it.requests] == [["from another instance"]]
+    assert 102.0 <= it.starts[0] <= 103.5
+
+
 # An outage
 
 
@@ -388,6 +422,21 @@ def test_a_batch_that_always_fails_holds_up_no_other(shop: MakeShop, world: Worl
     else:
         assert 10 < tries < 40
         assert it.statuses()["FAILED"] == 0
+
+
+def test_a_retry_does_not_wait_for_what_lingers(shop: MakeShop, world: World) -> None:
+    def judge(request: Request) -> None:
+        if request.messages[0].message == "poison":
+            raise FastSmsingError(500)
+
+    it = shop(judge, batch_size=2, max_delay=10_000.0)
+    poison = it.post(2, "poison")
+    world.wait(5.0)
+    it.post(2)  # their success closes the breaker
+    it.post(1)
+    world.wait(300.0)
+    late = [request for request in it.requests if request.ids == poison and request.start > 100.0]
+    assert len(late) >= 5  # every 30 s at most
 
 
 @pytest.mark.parametrize("seed", range(15))
