@@ -154,7 +154,7 @@ def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:
 
 
 def test_nothing_accepted_is_lost_when_the_process_is_killed(tmp_path: Path) -> None:
-    kill_again_and_again(tmp_path, rounds=3, most=200)
+    kill_again_and_again(tmp_path, rounds=2, most=200)
 
 
 @pytest.mark.long

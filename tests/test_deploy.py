@@ -185,7 +185,7 @@ def test_the_installed_command_serves(kind: str, wheel: Path, tmp_path: Path) ->
 # The socket that outlives the process
 
 
-@pytest.mark.parametrize(("direct", "db"), [(True, False), (False, False), (False, True)], ids=["direct", "nginx", "nginx-db"])
+@pytest.mark.parametrize(("direct", "db"), [(True, False), (False, True)], ids=["direct", "nginx-db"])
 def test_two_restarts_under_load_fail_no_request_and_lose_no_message(direct: bool, db: bool) -> None:
     if not direct:
         tool("nginx")
