@@ -317,15 +317,16 @@ class Connection:
             self._flush()
         if self._renews and not self._write_blocked:
             self._expire_in(server.timeouts[self.state.label])
-        if self.state is IDLE and self._interest == READ and not (self._write_blocked or self._half_closed):
-            return  # nothing of what follows: in place of it for speed, a twentieth of a GET's bytecodes
+        if (self.state is IDLE or (self.state is BUSY and not self.parser.buffer)) and self._interest == READ:
+            if not (self._write_blocked or self._half_closed):
+                return  # nothing of what follows: in place of it for speed, a twentieth of a GET's bytecodes
         if self.state is LAST and not self._out:
             self._linger()
         if self._half_closed and not (self._out or self.state in (BUSY, CLOSED)):
             self.drop("closed by the peer")
         if self.state is not CLOSED:
-            waits = self._write_blocked or self.state is BUSY
-            reads = not (self._half_closed or (waits and len(self.parser.buffer) >= READ_AHEAD))
+            holds = (self._write_blocked or self.state is BUSY) and len(self.parser.buffer) >= READ_AHEAD
+            reads = not (self._half_closed or holds)
             interest = (WRITE if self._write_blocked else 0) | (READ if reads else 0)
             if interest != self._interest:
                 self._watch(interest)
