@@ -889,7 +889,7 @@ class _Scheduler:
         self._under_way: set[_Job] = set()
         self._abandoned: list[_Job] = []
         self._waiting = 1  # unclaimed messages: what the last look found and was saved since; 0 only if there are none
-        self._look_at = -math.inf  # when the oldest of them may be due; before, only a full batch is worth a look
+        self._look_at = -math.inf  # when the next look is worth it: the oldest of them may be due, or a batch is full
         self._saved = self._saving = 0
         self._draining = self._closed = self._over = False
 
@@ -908,9 +908,8 @@ class _Scheduler:
             self._saving -= 1
             self._saved += saved
             self._waiting += saved
-            if not before:
-                self._look_at = -math.inf
             if saved and (not before or before < size <= self._waiting):
+                self._look_at = -math.inf
                 (self._looker if self._looking else self._sleepers).notify()
             if self._draining:
                 self._quiet.notify_all()
@@ -943,14 +942,14 @@ class _Scheduler:
             wait = self._wait(now)
             room = wait == 0 and len(self._retries) < self._config.senders and (
                 self._waiting > 0 or self._repository.poll is not None)  # fmt: skip
-            claims = room and (self._waiting >= self._config.batch_size or now >= self._look_at)
+            claims = room and now >= self._look_at
             if wait == 0 and not (claims and self._breaker.opened_at is not None):
                 if (job := self._ready(now)) is not None:
                     return job
                 wait = self._until_retry(now)
             if not claims:
                 if room:
-                    wait = self._look_at - now if wait is None else min(wait, self._look_at - now)
+                    wait = min(self._look_at - now, math.inf if wait is None else wait)
                 if not self._over:
                     self._looker.wait(None if wait is None else min(wait, threading.TIMEOUT_MAX))
                 return None
@@ -961,8 +960,9 @@ class _Scheduler:
             self._waiting = claim.waiting + self._saved - seen
             if claim.batch is not None:
                 self._retries.append(_Job(claim.batch))
-            unseen = claim.batch is not None or (self._saved != seen and not claim.waiting)
-            self._look_at = -math.inf if unseen else now + self._until_look(claim.wait)
+            news = self._saved != seen and (not claim.waiting or self._waiting >= self._config.batch_size)
+            again = claim.batch is not None or news
+            self._look_at = -math.inf if again else now + self._until_look(claim.wait)
             if self._draining:
                 self._quiet.notify_all()
             return self._ready(now)
@@ -995,9 +995,8 @@ class _Scheduler:
 
     def _until_look(self, due: float | None) -> float:
         """Seconds until the oldest message is due, or it is time to look for others' messages."""
-        poll = self._repository.poll
-        look = None if poll is None else poll * (0.5 + self._rng())  # with jitter, or all instances look together
-        return min((wait for wait in (due, look) if wait is not None), default=math.inf)
+        poll, wait = self._repository.poll, math.inf if due is None else due
+        return wait if poll is None else min(wait, poll * (0.5 + self._rng()))  # jitter, or all instances look together
 
     # How a request ended
 

@@ -670,14 +670,16 @@ def test_a_repository_that_fails_refuses_the_message(shop: MakeShop) -> None:
             it.client.send(SendMessage("48123", "Hi"), "x")
 
 
-@pytest.mark.parametrize("method", ["claim", "handed_over"])
+@pytest.mark.parametrize(("method", "size"), [("claim", 5), ("claim", 1), ("handed_over", 5)])
 def test_a_repository_that_is_unavailable_for_a_while_costs_no_message(
-    shop: MakeShop, world: World, method: str, caplog: pytest.LogCaptureFixture
+    shop: MakeShop, world: World, method: str, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    it = shop(batch_size=5, max_delay=0.0)
-    works = getattr(it.repository, method)
+    it = shop(batch_size=size, max_delay=0.0)
+    works, calls = getattr(it.repository, method), []
 
     def fails(*args: Any) -> Any:
+        calls.append(world.now)
+        assert len(calls) < 100, "it is asked all the time"
         if world.now < 60.0:
             raise RepositoryUnavailableError("locked")
         return works(*args)
