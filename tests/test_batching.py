@@ -256,18 +256,30 @@ def test_the_outbox_is_looked_at_only_when_a_batch_may_be_due(shop: MakeShop, wo
     assert len(looks) <= 2 * batches + 1  # one that starts the linger and one that takes the batch
 
 
-def test_a_message_saved_during_a_look_that_finds_nothing_lingers_no_longer(shop: MakeShop, world: World) -> None:
-    class Slow(InMemoryRepository):
-        def claim(self, size: int, max_delay: float | None) -> Any:
-            claim = super().claim(size, max_delay)
-            world.wait(0.5)
-            return claim
+class SlowToClaim(InMemoryRepository):
+    """What a claim finds is half a second old when it returns."""
 
-    it = shop(repository=Slow(0, clock=world.clock), max_delay=2.0)
+    world: World
+
+    def claim(self, size: int, max_delay: float | None) -> Any:
+        claim = super().claim(size, max_delay)
+        self.world.wait(0.5)
+        return claim
+
+
+def test_what_is_saved_during_a_look_that_finds_no_batch_leaves_in_time(shop: MakeShop, world: World) -> None:
+    repository = SlowToClaim(0, clock=world.clock)
+    repository.world = world
+    it = shop(repository=repository, batch_size=5, max_delay=2.0)
     world.wait(0.25)  # the first look is under way
     it.post()
-    world.wait(10.0)
+    world.wait(9.75)
     assert it.starts == [3.25]  # due at 2.25, and two looks take a while
+    it.post(4)
+    world.wait(0.25)
+    it.post(1)
+    world.wait(10.0)
+    assert it.starts[1:] == [11.0]  # after a look that finds four and one that finds five
 
 
 def test_messages_of_others_are_found_at_random_times(shop: MakeShop, world: World) -> None:
