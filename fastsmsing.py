@@ -39,8 +39,6 @@ class MessageStatus(str, Enum):
     FAILED = "FAILED"
     DELIVERED = "DELIVERED"
 
-    __hash__ = str.__hash__  # Enum's own is in Python, and slower
-
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -119,8 +119,6 @@ class MessageStatus(str, Enum):
     FAILED = "FAILED"
     DELIVERED = "DELIVERED"
 
-    __hash__ = str.__hash__  # Enum's own is in Python, and statuses are looked up for each message
-
 
 class Reason(str, Enum):
     """Why the proxy gave a message up. As an update of a message it makes the message `FAILED`."""
@@ -128,8 +126,6 @@ class Reason(str, Enum):
     REJECTED = "rejected"  # FastSMSing refuses it
     ATTEMPTS = "attempts"  # all attempts are used
     EXPIRED = "expired"  # older than `max_age`
-
-    __hash__ = str.__hash__
 
 
 FINAL_STATUSES = frozenset({MessageStatus.FAILED, MessageStatus.DELIVERED})
