@@ -28,7 +28,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import smsproxy  # noqa: E402
+import batching_client  # noqa: E402
 from fastsmsing import FastSmsingError, InMemoryClient, Message  # noqa: E402
 from smsproxy import InMemoryRepository, SendMessage, SimpleBatchingClient, SmsProxyConfig  # noqa: E402
 from virtual_time import World  # noqa: E402
@@ -118,7 +118,7 @@ def replay(trace: Trace, policy: Policy) -> Cost:
             return None
 
     config = SmsProxyConfig(batch_size=policy.batch_size, max_delay=policy.linger)
-    with mock.patch.object(smsproxy, "threading", world):
+    with mock.patch.object(batching_client, "threading", world):
         repository = InMemoryRepository(0, clock=world.clock)
         client = SimpleBatchingClient(repository, Provider(), config, clock=world.clock, rng=rng.random)
         for number, time in enumerate(trace.arrivals):

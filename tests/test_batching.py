@@ -12,13 +12,14 @@ from unittest import mock
 
 import pytest
 
-import smsproxy
+import batching_client
 from fastsmsing import FastSmsingError, Message, RejectedError
 from helpers import HANG
 from providers import Gate, Recorder
 from smsproxy import (
     CircuitBreaker, ClientResult, ClosedError, Entry, InMemoryRepository, MessageStatus, Metrics, OverloadedError, Reason,
-    RepositoryUnavailableError, SendMessage, SimpleBatchingClient, SmsProxyConfig, ValidationError,
+    RepositoryUnavailableError, SendMessage, SimpleBatchingClient, SmsProxyConfig, SmsProxyError,
+    ValidationError,
 )  # fmt: skip
 from virtual_time import World
 
@@ -120,7 +121,7 @@ class Shop:
 def world() -> Iterator[World]:
     made = World()
     before = threading.active_count()
-    with mock.patch.object(smsproxy, "threading", made):
+    with mock.patch.object(batching_client, "threading", made):
         yield made
     assert threading.active_count() == before, "a thread was left behind"
 
@@ -794,7 +795,7 @@ def test_a_hand_over_that_fails_for_good_is_told_at_the_end(
     shop: MakeShop, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     it = shop(batch_size=2)
-    with mock.patch.object(it.repository, "handed_over", side_effect=smsproxy.SmsProxyError("damaged")):
+    with mock.patch.object(it.repository, "handed_over", side_effect=SmsProxyError("damaged")):
         it.post(2)
         world.wait(1.0)
     it.post(2)
@@ -927,7 +928,7 @@ def test_a_slow_statistics_sink_delays_nobody(caplog: pytest.LogCaptureFixture) 
             assert self.opened.wait(HANG)
 
     provider = Recorder()
-    with mock.patch.object(smsproxy, "RESULTS_WAITING", 3):
+    with mock.patch.object(batching_client, "RESULTS_WAITING", 3):
         client = SimpleBatchingClient(InMemoryRepository(), provider, SmsProxyConfig(batch_size=1), Sink())
     for number in range(10):
         client.send(SendMessage("48123456789", "Hi"), f"{number}")

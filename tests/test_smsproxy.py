@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 
 import fastsmsing
-import smsproxy
+import message_ids
+import worker_threads
 from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Clock, every_thread_ends, returned_by, together
 from providers import Gate, Gossip, Recorder, Scripted
@@ -131,17 +132,17 @@ def test_an_id_is_a_uuid_of_its_version(key: str | None, version: int) -> None:
 
 
 def test_an_id_begins_with_the_time_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, new_id = [], smsproxy.NewIds()
+    ids, new_id = [], message_ids.NewIds()
     for now in (1, 1_764_000_000_123, 2**48 - 1):
         monkeypatch.setattr("time.time_ns", lambda: now * 1_000_000 + 999_999)  # noqa: B023
         ids.append(new_id())
-        assert smsproxy.time_of(ids[-1]) == now / 1000
+        assert message_ids.time_of(ids[-1]) == now / 1000
     assert ids == sorted(ids)
 
 
 @pytest.mark.parametrize("other", ["", "m1", "x" * 36, "xxxxxxxx-xxxx-7xxx-8xxx-xxxxxxxxxxxx", "\ud800" * 36])
 def test_an_id_of_another_kind_tells_no_time(other: str) -> None:
-    assert smsproxy.time_of(other) is smsproxy.time_of(id_of("a key")) is None
+    assert message_ids.time_of(other) is message_ids.time_of(id_of("a key")) is None
 
 
 def test_any_string_can_be_a_key() -> None:
@@ -366,7 +367,7 @@ def test_a_provider_that_hangs_does_not_hold_up_the_end_and_its_messages_are_tol
         def stop(self) -> None:
             self.opened.wait(HANG)
 
-    monkeypatch.setattr(smsproxy, "GRACE", 0.01)  # seconds that the last steps of a stop get
+    monkeypatch.setattr(worker_threads, "GRACE", 0.01)  # seconds that the last steps of a stop get
     provider = Hanging()
     proxy = SmsProxy(provider, SmsProxyConfig(batch_size=1, senders=1))
     proxy.start()

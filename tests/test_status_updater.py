@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import fastsmsing
-import smsproxy
+import message_ids
+import status_updater
 from helpers import HANG, returned_by
 from smsproxy import (
     InMemoryRepository, MessageStatus, Metrics, Reason, RepositoryUnavailableError, StatusTransitionError, StatusUpdater,
@@ -130,8 +131,8 @@ def test_a_report_that_a_later_one_replaces_counts_as_applied_if_the_later_one_i
 
 
 def test_the_time_from_acceptance_to_the_final_status_is_observed() -> None:
-    message_id, metrics = smsproxy.NewIds()(), Metrics()
-    now = (smsproxy.time_of(message_id) or 0) + 7
+    message_id, metrics = message_ids.NewIds()(), Metrics()
+    now = (message_ids.time_of(message_id) or 0) + 7
     repository = Watched(message_id, "no-time")
     for report in ({message_id: "CONFIRMED"}, {message_id: "DELIVERED", "no-time": "DELIVERED"}, {message_id: "FAILED"}):
         updater_of(repository, report, metrics=metrics, wall_clock=lambda: now)
@@ -140,7 +141,7 @@ def test_the_time_from_acceptance_to_the_final_status_is_observed() -> None:
 
 
 def test_errors_are_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smsproxy, "ERRORS_WAITING", 3)
+    monkeypatch.setattr(status_updater, "ERRORS_WAITING", 3)
     updater = updater_of(InMemoryRepository(), {f"m{number}": "DELIVERED" for number in range(10)})
     assert [message_id for message_id, *_ in errors_of(updater)] == ["m7", "m8", "m9"]
     assert updater.errors_dropped == 7
@@ -240,7 +241,7 @@ def test_a_stop_ends_the_wait_for_a_repository_and_the_updates_are_errors() -> N
 
 
 def test_a_stop_tells_when_the_updater_did_not_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smsproxy, "GRACE", 0.01)
+    monkeypatch.setattr(status_updater, "GRACE", 0.01)
     repository = Watched("a")
     repository.gate.clear()
     with running(repository, {"a": "DELIVERED"}) as updater:

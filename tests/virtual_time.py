@@ -1,7 +1,7 @@
 """Virtual time: threads that run one at a time, on a clock that jumps to the next moment at which one of them can.
 
     world = World()
-    with mock.patch.object(smsproxy, "threading", world):
+    with mock.patch.object(batching_client, "threading", world):
         ...  # what is made here waits in virtual time
 
 So hours pass in milliseconds, and a run depends on nothing but its input.

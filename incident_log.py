@@ -1,0 +1,67 @@
+"""Errors in the log: what may be said of them, and one line in place of a thousand for an error that repeats."""
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+__all__ = ["Incident", "describe", "location"]
+
+
+def describe(error: BaseException) -> str:
+    """An error's type, its number if it has one (errno, HTTP status), and the type of its cause.
+
+    Never its text: a provider's error may quote a phone number or a message, in any spelling.
+    """
+    candidates: list[object] = []
+    with contextlib.suppress(Exception):  # attributes of somebody else's class may be code that fails
+        candidates += error.args[:1]
+        candidates += [getattr(error, name, None) for name in ("errno", "code", "status")]
+    number = next((each for each in candidates if type(each) is int and 0 < each < 1_000), None)
+    described = type(error).__name__ if number is None else f"{type(error).__name__} {number}"
+    return described if error.__cause__ is None else f"{described} from {type(error.__cause__).__name__}"
+
+
+class Incident:
+    """Logs an error that repeats when it begins, once a minute with its count, and when it ends. Thread-safe."""
+
+    PAUSE = 60.0  # seconds between two lines about the same error
+
+    def __init__(self, logger: logging.Logger, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log, self._what, self._clock = logger, what, clock
+        self._lock = threading.Lock()  # guards the following
+        self._count = 0  # of errors since it began; 0 when all is well
+        self._began = self._logged = 0.0
+
+    def failed(self, error: object) -> None:
+        """Counts an error, and logs it when it is time."""
+        with self._lock:
+            now = self._clock()
+            self._count += 1
+            count = self._count
+            if count == 1:
+                self._began = now
+            elif now - self._logged < self.PAUSE:
+                return
+            self._logged, began = now, self._began
+        self._log.error("%s: %s (%d times in %.0f s)", self._what, error, count, now - began)
+
+    def ended(self) -> None:
+        """Logs that all is well again, if it was not."""
+        if not self._count:  # the common case costs no lock
+            return
+        with self._lock:
+            count, self._count = self._count, 0
+            seconds = self._clock() - self._began
+        if count:
+            self._log.warning("over after %.1f s and %d errors: %s", seconds, count, self._what)
+
+
+def location(error: BaseException) -> str:
+    """An unexpected error's type and place; its text could hold a phone number."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {os.path.basename(at.filename)}:{at.lineno}"

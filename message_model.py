@@ -1,0 +1,213 @@
+"""What the service speaks of: errors, statuses and their transitions, messages and batches. No I/O, no threads."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+import fastsmsing
+from fastsmsing import Message
+
+__all__ = [
+    "FINAL_STATUSES", "STATUS_OF", "TRANSITIONS", "Batch", "ClientResult", "ClosedError", "DuplicateMessageError", "Entry",
+    "IdempotencyError", "MessageStatus", "OverloadedError", "Reason", "RepositoryUnavailableError", "SendMessage",
+    "SendingResult", "SmsProxyError", "StatusTransitionError", "UnknownMessageError", "UnknownStatusError",
+    "ValidationError", "check_transition", "map_to_internal_status",
+]  # fmt: skip
+
+LONGEST_MESSAGE = 1_600  # code points: ten concatenated parts, as most providers limit it
+LONGEST_NUMBER = 15  # digits (ITU-T E.164)
+
+
+# Errors
+
+
+class SmsProxyError(Exception):
+    """The root of this module's errors."""
+
+
+class ValidationError(SmsProxyError, ValueError):
+    """The value of `field` is not acceptable; `problem` says why, without repeating it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field} {problem}")
+        self.field, self.problem = field, problem
+
+
+class DuplicateMessageError(SmsProxyError):
+    """The ID is stored already; `fingerprint` is what it was stored with."""
+
+    def __init__(self, message_id: str, fingerprint: bytes | None = None) -> None:
+        super().__init__(f"message {message_id} is stored already")
+        self.message_id, self.fingerprint = message_id, fingerprint
+
+
+class IdempotencyError(SmsProxyError):
+    """An idempotency key came again with another message."""
+
+
+class UnknownMessageError(SmsProxyError):
+    """No message with this ID is stored."""
+
+
+class StatusTransitionError(SmsProxyError):
+    """`TRANSITIONS` does not allow this change of status."""
+
+
+class UnknownStatusError(SmsProxyError):
+    """FastSMSing reported a status that does not exist."""
+
+
+class OverloadedError(SmsProxyError):
+    """Too many messages are pending; try again later."""
+
+
+class ClosedError(SmsProxyError):
+    """The service is shutting down and accepts nothing more."""
+
+
+class RepositoryUnavailableError(SmsProxyError):
+    """The repository cannot be used just now (disk full, file locked); nothing was changed; try again later."""
+
+
+# Statuses
+
+
+class MessageStatus(str, Enum):
+    """What the proxy says of a message."""
+
+    ACCEPTED = "ACCEPTED"  # it will go out in the nearest batch, or FastSMSing has not reported on it yet
+    NOT_FOUND = "NOT_FOUND"  # never accepted here, or forgotten
+    CONFIRMED = "CONFIRMED"
+    FAILED = "FAILED"
+    DELIVERED = "DELIVERED"
+
+
+class Reason(str, Enum):
+    """Why the proxy gave a message up. As an update of a message it makes the message `FAILED`."""
+
+    REJECTED = "rejected"  # FastSMSing refuses it
+    ATTEMPTS = "attempts"  # all attempts are used
+    EXPIRED = "expired"  # older than `max_age`
+
+
+FINAL_STATUSES = frozenset({MessageStatus.FAILED, MessageStatus.DELIVERED})
+TRANSITIONS: Mapping[MessageStatus, frozenset[MessageStatus]] = {
+    MessageStatus.ACCEPTED: frozenset({MessageStatus.CONFIRMED, MessageStatus.FAILED, MessageStatus.DELIVERED}),
+    MessageStatus.NOT_FOUND: frozenset(),
+    MessageStatus.CONFIRMED: FINAL_STATUSES,
+    MessageStatus.FAILED: frozenset(),
+    MessageStatus.DELIVERED: frozenset(),
+}
+
+
+# The status that an update of a message leads to.
+STATUS_OF: Mapping[MessageStatus | Reason, MessageStatus] = {
+    **{status: status for status in MessageStatus}, **dict.fromkeys(Reason, MessageStatus.FAILED)
+}  # fmt: skip
+
+
+def check_transition(message_id: str, current: MessageStatus, status: MessageStatus) -> None:
+    """Raises `UnknownMessageError` or `StatusTransitionError` for a change that is not allowed."""
+    if current is MessageStatus.NOT_FOUND:
+        raise UnknownMessageError(f"message {message_id} is not known")
+    if status not in TRANSITIONS[current]:
+        raise StatusTransitionError(f"message {message_id} cannot go from {current.value} to {status.value}")
+
+
+_INTERNAL: dict[str, MessageStatus] = {status: MessageStatus(status.value) for status in fastsmsing.MessageStatus}
+
+
+def map_to_internal_status(status: object) -> MessageStatus:
+    """The proxy's status for one of FastSMSing's; raises `UnknownStatusError`."""
+    if isinstance(status, str) and (known := _INTERNAL.get(status)) is not None:
+        return known
+    word = isinstance(status, str) and len(status) <= 30 and status.isupper() and status.isidentifier()
+    raise UnknownStatusError(f"unknown status {status if word else type(status).__name__}")
+
+
+# Values
+
+
+@dataclass(frozen=True, slots=True)
+class SendMessage:
+    """What a caller wants sent. Its `repr` shows nothing, so that logs stay private."""
+
+    phone_number: str = field(repr=False)
+    message: str = field(repr=False)
+
+    def validate(self) -> None:
+        """Raises `ValidationError` unless this can be sent. The values may be of any type."""
+        number, text = self.phone_number, self.message
+        if not (isinstance(number, str) and 0 < len(number) <= LONGEST_NUMBER):
+            raise ValidationError("phone_number", _problem(number, LONGEST_NUMBER))
+        if not (isinstance(text, str) and 0 < len(text) <= LONGEST_MESSAGE):
+            raise ValidationError("message", _problem(text, LONGEST_MESSAGE))
+        if not (number.isascii() and number.isdigit()):
+            raise ValidationError("phone_number", "must consist of the digits 0 to 9 only")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # could not be sent on
+            raise ValidationError("message", "must not contain lone surrogates") from None
+
+    def to_message(self, message_id: str) -> Message:
+        """The message as FastSMSing gets it."""
+        return Message(self.phone_number, self.message, message_id)
+
+
+def _problem(value: object, longest: int) -> str:
+    if not isinstance(value, str):
+        return "must be a string"
+    return f"must have at most {longest} characters" if value else "must not be empty"
+
+
+@dataclass(frozen=True, slots=True)
+class SendingResult:
+    """The ID under which a message was accepted."""
+
+    id: str
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A message in the outbox. `fingerprint` comes with an idempotency key and tells a repeat from a misuse.
+
+    The repository sets `accepted_at` when it saves or claims the entry: seconds on this process's
+    monotonic clock, so that the age of a message is the same everywhere and no jump of the wall clock
+    changes it. Not frozen for that reason alone.
+    """
+
+    message: Message
+    fingerprint: bytes | None = None
+    accepted_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Entries claimed together, oldest first. `lease` is the repository's own; parts of a batch share it."""
+
+    entries: tuple[Entry, ...]
+    lease: Any = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def ids(self) -> list[str]:
+        """The IDs of the messages."""
+        return [entry.message.message_id for entry in self.entries]
+
+    def only(self, keep: Callable[[Entry], bool]) -> Batch:
+        """The part of the batch for which `keep` is true."""
+        return replace(self, entries=tuple(filter(keep, self.entries)))
+
+
+@dataclass(frozen=True, slots=True)
+class ClientResult:
+    """How one batch ended: `error` is None when FastSMSing took it, else that of the last attempt."""
+
+    messages: tuple[Message, ...]
+    error: BaseException | None
+    attempt: int
+    max_attempts: int | None
