@@ -3,15 +3,20 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import itertools
+import json
 import logging
 import queue
 import random
+import re
 import socket
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +26,9 @@ import main
 from example_provider.client import HttpClient, make_client
 from example_provider.stand_in import CUT, HANG_UP, OK, RESET, STALL, Fault, StandIn, deck
 from fastsmsing import FastSmsingError, Message, RejectedError
-from helpers import HANG, Peer, every_thread_ends, raw, serving
-from smsproxy import InMemoryRepository, MessageStatus, Reason, SmsProxy, SmsProxyConfig
+from helpers import Peer, every_thread_ends, raw, serving
+from providers import HANG
+from smsproxy import InMemoryRepository, MessageStatus, Reason, SendMessage, SmsProxy, SmsProxyConfig
 
 __all__ = ["every_thread_ends"]  # a fixture
 
@@ -53,6 +59,13 @@ def subscribed(client: HttpClient) -> queue.Queue[Any]:
     inbox: queue.Queue[Any] = queue.Queue()
     client.subscribe(inbox)
     return inbox
+
+
+def taken(inbox: queue.Queue[Any]) -> Any:
+    """The next that was put, applied as the service does."""
+    item = inbox.get(timeout=HANG)
+    inbox.task_done()
+    return item
 
 
 # Sending
@@ -109,16 +122,17 @@ def test_a_connection_that_is_refused_or_never_made_is_an_error_to_be_retried(li
 def test_messages_refused_by_name_come_back_with_their_reasons_and_the_others_are_taken() -> None:
     with connected() as (provider, client):
         refused = client.send([*batch("a"), Message("0048", "Hi", "b"), *batch("c")])
-        assert (refused, provider.messages.keys()) == ({"b": "no such number"}, {"a", "c"})
+        assert (refused, set(provider.messages)) == ({"b": "no such number"}, {"a", "c"})
         with pytest.raises(RejectedError, match="400"):  # a number that is not named
             client.send([*batch("d"), Message("048", "Hi", "e")])
-        assert (provider.rejected, provider.messages.keys()) == ([["d", "e"]], {"a", "c"})
+        assert (provider.rejected, set(provider.messages)) == ([["d", "e"]], {"a", "c"})
 
 
 @pytest.mark.parametrize(("status", "kind"), [
-    *[(status, RejectedError) for status in (400, 401, 404, 413, 422)],
-    *[(status, FastSmsingError) for status in (302, 408, 425, 429, 500, 502, 503, 504)]])  # fmt: skip
-def test_a_4xx_rejects_the_batch_and_an_answer_about_the_moment_is_to_be_retried(status: int, kind: type) -> None:
+    *[(status, RejectedError) for status in (400, 413, 422)],
+    *[(status, FastSmsingError) for status in (302, 401, 402, 403, 404, 405, 408, 409, 410, 425, 429, 451)],
+    *[(status, FastSmsingError) for status in (500, 502, 503, 504)]])  # fmt: skip
+def test_only_a_response_about_the_batch_rejects_it_and_any_other_is_to_be_retried(status: int, kind: type) -> None:
     with connected(Fault(status=status)) as (provider, client):
         with pytest.raises(FastSmsingError, match=str(status)) as caught:
             client.send(batch("a"))
@@ -135,9 +149,9 @@ def test_a_4xx_rejects_the_batch_and_an_answer_about_the_moment_is_to_be_retried
 )  # fmt: skip
 @pytest.mark.parametrize("status", [429, 503])
 def test_retry_after_in_seconds_or_as_a_date_becomes_the_least_wait(status: int, value: str, wait: float) -> None:
-    with connected(Fault(status=status, headers={"Retry-After": value})) as (_, client):
-        with pytest.raises(FastSmsingError) as caught:
-            client.send(batch("a"))
+    fault = Fault(status=status, headers={"Retry-After": value})
+    with connected(fault) as (_, client), pytest.raises(FastSmsingError) as caught:
+        client.send(batch("a"))
     assert caught.value.retry_after == wait
 
 
@@ -149,11 +163,16 @@ def test_the_head_decides_even_if_the_body_of_the_answer_breaks_off(how: str, he
         assert (provider.processed, provider.connections) == ([(["a"], False), (["b"], False)], 2)
 
 
+@pytest.mark.parametrize("body", [b"", b"<html>", b"\xff", b"null", b"[]", b'{"Refused": 7}', b"[" * 100_000])
+def test_a_batch_is_taken_whatever_the_body_of_a_2xx_says(body: bytes) -> None:
+    with connected(Fault(processed=True, status=200, body=body)) as (_, client):
+        assert client.send(batch("a")) is None
+
+
 @pytest.mark.parametrize("fault", [Fault(status=400), Fault(status=500), Fault(how=RESET)])
 def test_an_error_shows_neither_numbers_nor_texts_nor_the_token(fault: Fault) -> None:
-    with connected(fault) as (_, client):  # the stand-in echoes the request in its answers
-        with pytest.raises(FastSmsingError) as caught:
-            client.send(batch("a"))
+    with connected(fault) as (_, client), pytest.raises(FastSmsingError) as caught:
+        client.send(batch("a"))  # the stand-in echoes the request in its answers
     shown = f"{caught.value} {caught.value!r} {caught.value.__cause__!r}"
     assert [secret for secret in (NUMBER, TEXT, TOKEN) if secret in shown] == []
 
@@ -167,16 +186,13 @@ def test_reports_reach_every_subscriber_in_the_words_of_fastsmsing_and_none_is_s
     with connected() as (provider, client):
         inboxes = [subscribed(client), subscribed(client)]
         provider.report(*reports)
-        assert [[inbox.get(timeout=HANG) for _ in expected] for inbox in inboxes] == [expected, expected]
+        assert [[taken(inbox) for _ in expected] for inbox in inboxes] == [expected, expected]
 
 
 def test_polls_without_reports_disturb_no_subscriber() -> None:
-    polls = threading.Semaphore(0)
-    counted = (polls.release() or OK for _ in iter(int, 1))
-    with connected(poll_faults=counted) as (_, client):
+    with connected() as (provider, client):
         inbox = subscribed(client)
-        for _ in range(3):
-            assert polls.acquire(timeout=HANG)
+        provider.wait_for(lambda: len(provider.cursors) >= 3)
         client.stop()
         assert list(inbox.queue) == [None]
 
@@ -186,17 +202,62 @@ def test_many_reports_come_in_pages_and_each_once() -> None:
     with connected() as (provider, client):
         provider.report(*((name, "sent") for name in names))
         inbox = subscribed(client)
-        pages = [list(inbox.get(timeout=HANG)) for _ in range(3)]
+        pages = [list(taken(inbox)) for _ in range(3)]
     assert [names[:500], names[500:1_000], names[1_000:]] == pages
 
 
-def test_polls_that_fail_lose_no_report(caplog: pytest.LogCaptureFixture) -> None:
+def test_polls_that_fail_lose_no_report() -> None:
     broken = [Fault(), Fault(how=RESET), Fault(status=404), Fault(processed=True, status=204)]
+    broken += [Fault(status=200, body=body) for body in (b"{}", b'{"Reports": [], "Next": []}', b"[" * 100_000)]
     with connected(poll_faults=broken) as (provider, client):
         provider.report(("a", "delivered"))
-        assert subscribed(client).get(timeout=HANG) == {"a": DELIVERED}
-    reasons = [message.partition(": ")[2] for message in caplog.messages]
-    assert reasons[::2] == ["503", "404"] and len(reasons) == 4
+        assert taken(subscribed(client)) == {"a": DELIVERED}
+
+
+def test_polls_that_fail_are_logged_first_once_a_minute_and_when_they_succeed(caplog: pytest.LogCaptureFixture) -> None:
+    clock = itertools.count().__next__  # a second goes by with each look at it
+    with connected(poll_faults=[Fault()] * 95, poll_interval=0.001, clock=clock) as (provider, client):
+        provider.report(("a", "delivered"))
+        assert taken(subscribed(client)) == {"a": DELIVERED}
+    assert caplog.messages == [
+        "no delivery reports: 503",
+        "no delivery reports: 503 (61 times in 60 s)",
+        "over after 95 s: no delivery reports (95 times)",
+    ]
+
+
+ODD: list[Any] = [  # entries of a page that are no reports
+    None, 7, "text", [], {}, {"ID": "b"}, {"Status": "sent"}, {"ID": 5, "Status": "sent"}, {"ID": "b", "Status": []},
+]  # fmt: skip
+
+
+def test_an_odd_report_is_skipped_and_counted_and_those_around_it_arrive(caplog: pytest.LogCaptureFixture) -> None:
+    known = [("a", "sent"), ("a", "lost in space"), ("c", "delivered")]
+    first, *others = [{"ID": message_id, "Status": status} for message_id, status in known]
+    reports = [first, *ODD, *others]
+    page = Fault(status=200, body=json.dumps({"Reports": reports, "Next": "0"}).encode())
+    with connected(poll_faults=[page]) as (provider, client):
+        provider.report(("d", "delivered"))
+        inbox = subscribed(client)
+        found = [taken(inbox) for _ in range(3)]
+    assert found == [{"a": CONFIRMED}, {"a": "lost in space", "c": DELIVERED}, {"d": DELIVERED}]
+    assert [re.sub(r"\d+ s", "some s", message) for message in caplog.messages] == [
+        "reports that cannot be read: 9 of 12", "over after some s: reports that cannot be read (once)",
+    ]  # fmt: skip
+
+
+def test_reports_are_acknowledged_when_they_are_applied_and_a_stop_does_not_wait_for_that() -> None:
+    with connected() as (provider, client):
+        provider.report(("a", "sent"))
+        inbox = subscribed(client)
+        assert inbox.get(timeout=HANG) == {"a": CONFIRMED}
+        assert provider.cursors == [""]
+        inbox.task_done()
+        provider.wait_for(lambda: provider.cursors[1:2] == ["1"])
+        provider.report(("b", "sent"))
+        assert inbox.get(timeout=HANG) == {"b": CONFIRMED}
+        client.stop()
+        assert provider.cursors[-1] == "1"
 
 
 def test_stop_closes_every_subscription_once_and_ends_all_connections_and_nothing_is_sent_after_it() -> None:
@@ -241,6 +302,68 @@ def test_without_a_url_there_is_no_client(url: str, monkeypatch: pytest.MonkeyPa
         make_client()
 
 
+# The client in the README
+
+
+@contextlib.contextmanager
+def readme(*faults: Fault, poll_faults: Iterable[Fault] = ()) -> Iterator[tuple[StandIn, Any]]:
+    """The stand-in with these faults, and the README's client of it, which polls without a pause."""
+    text = Path(main.__file__).with_name("README.md").read_text("utf-8")
+    found = re.search(r"## Your provider\n.*?```python\n(.*?)```", text, re.S)
+    assert found is not None
+    assert found[1].count("wait(1)") == 1
+    shop = types.ModuleType("shop")
+    exec(found[1].replace("wait(1)", "wait(0.001)"), vars(shop))
+    with StandIn(faults, poll_faults=poll_faults) as provider:
+        vars(shop)["URL"] = provider.url
+        client = shop.Client()
+        try:
+            yield provider, client
+        finally:
+            client.stopped.set()
+
+
+@pytest.mark.parametrize(("status", "kind"), [
+    *[(status, RejectedError) for status in (400, 413, 422)],
+    *[(status, FastSmsingError) for status in (401, 403, 404, 408, 429, 500, 503)]])  # fmt: skip
+def test_the_readmes_client_rejects_only_on_a_response_about_the_batch(status: int, kind: type) -> None:
+    with readme(Fault(status=status)) as (_, client):
+        with pytest.raises(FastSmsingError, match=str(status)) as caught:
+            client.send(batch("a"))
+        assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("fault", [
+    *[Fault(status=200, body=body) for body in (b"", b"<html>", b"\xff", b"null", b"[]", b"[" * 100_000)],
+    Fault(status=202, how=CUT), Fault(status=202, how=HANG_UP, headers={"Transfer-Encoding": "chunked"})])  # fmt: skip
+def test_the_readmes_client_takes_any_2xx_as_taken(fault: Fault) -> None:
+    with readme(fault) as (_, client):
+        assert client.send(batch("a")) is None
+
+
+def test_the_readmes_client_names_the_messages_that_are_refused() -> None:
+    with readme() as (_, client):
+        assert client.send([*batch("a"), Message("0048", "Hi", "b")]) == {"b": "no such number"}
+
+
+def test_the_readmes_client_goes_on_polling_whatever_it_hears() -> None:
+    page = {"Reports": [*ODD, {"ID": "a", "Status": "lost in space"}, {"ID": "b", "Status": "sent"}], "Next": "0"}
+    bodies = [b"<html>", b"null", b"[]", b"{}", b'{"Reports": 7, "Next": ""}', json.dumps(page).encode()]
+    faults = [Fault(), Fault(how=RESET), *(Fault(status=200, body=body) for body in bodies)]
+    with readme(poll_faults=faults) as (provider, client):
+        provider.report(("c", "delivered"))
+        inbox = subscribed(client)
+        found = {}
+        while "c" not in found:
+            found.update(taken(inbox))
+        client.stop()
+        assert taken(inbox) is None
+    assert {name: found[name] for name in "abc"} == {"a": "lost in space", "b": "CONFIRMED", "c": "DELIVERED"}
+
+
+# The service with the client
+
+
 class FinalsCounted(InMemoryRepository):
     """A repository that says when so many messages have a final status."""
 
@@ -261,7 +384,7 @@ class FinalsCounted(InMemoryRepository):
 class Witness(HttpClient):
     """The client, with the IDs of all batches that ran into its time limit: a busy machine may delay a good answer."""
 
-    def __init__(self, url: str, **options: float) -> None:
+    def __init__(self, url: str, **options: Any) -> None:
         super().__init__(url, TOKEN, **options)
         self.timed_out: list[list[str]] = []
 
@@ -272,6 +395,19 @@ class Witness(HttpClient):
             if isinstance(error.__cause__, TimeoutError):
                 self.timed_out.append([message.message_id for message in messages])
             raise
+
+
+def test_a_wrong_token_costs_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "smsproxy")
+    config = SmsProxyConfig(batch_size=5, max_delay=0.0, backoff_base=0.01, backoff_max=0.01)
+    repository = FinalsCounted(20)
+    with StandIn([Fault(status=401)] * 10) as provider:
+        client = HttpClient(provider.url, TOKEN, poll_interval=0.01)
+        with SmsProxy(client, config, repository=repository) as proxy:
+            ids = [proxy.send(SendMessage(NUMBER, TEXT)).id for _ in range(20)]
+            assert repository.all_final.wait(HANG)
+            found = {each: proxy.get_status(each).value.lower() for each in ids}
+    assert found == {each: {"undeliverable": "failed"}.get(fate := provider.fate(each), fate) for each in ids}
 
 
 def test_1000_messages_reach_a_final_status_through_a_provider_that_fails_30_percent(
@@ -289,7 +425,7 @@ def test_1000_messages_reach_a_final_status_through_a_provider_that_fails_30_per
             ids = [peer.exchange(data)[1]["ID"] for data in posts]
             assert repository.all_final.wait(2 * HANG), "not every message reached a final status"
             found = {each: peer.exchange(raw("GET", f"/sms/{each}"))[1]["Status"] for each in ids}
-    rejected = {message_id for message_id, number in zip(ids, numbers) if number.startswith("0")}
+    rejected = {message_id for message_id, number in zip(ids, numbers, strict=True) if number.startswith("0")}
     words = {"delivered": "DELIVERED", "undeliverable": "FAILED"}
     assert found == {each: "FAILED" if each in rejected else words[provider.fate(each)] for each in ids}
     assert provider.messages.keys() == set(ids) - rejected

@@ -35,7 +35,9 @@ __all__ = ["HttpClient", "make_client"]
 log = logging.getLogger("smsproxy.provider")
 
 CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-TRY_AGAIN = {408, 425, 429}  # 4xx that speak of the moment, not of the batch: RFC 9110, 15.5.9; RFC 8470; RFC 6585
+# The statuses that speak of the batch. Any other, 401 for a wrong token too, may be mended while the batch waits; a
+# message that is rejected is lost.
+REJECTED = {400, 413, 422}
 STATUSES = {
     "sent": MessageStatus.CONFIRMED,
     "delivered": MessageStatus.DELIVERED,
@@ -43,6 +45,7 @@ STATUSES = {
 }
 LARGEST_ANSWER = 1024 * 1024  # bytes; reports come in pages, so more is not an answer of this provider
 LONGEST_WAIT = 3_600.0  # seconds, whatever a Retry-After asks for
+LOG_PAUSE = 60.0  # seconds between two lines about the same error
 
 
 class HttpClient:
@@ -56,6 +59,7 @@ class HttpClient:
     def __init__(
         self, url: str, token: str = "", *,
         connect_timeout: float = 5.0, read_timeout: float = 30.0, poll_interval: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         parts = urlsplit(url)
         if parts.scheme not in CONNECTIONS or not parts.hostname:
@@ -64,7 +68,7 @@ class HttpClient:
         self._new_connection: Callable[[], http.client.HTTPConnection] = lambda: kind(*address, timeout=connect_timeout)
         self._path = parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        self._read_timeout, self._poll_interval = read_timeout, poll_interval
+        self._read_timeout, self._poll_interval, self._clock = read_timeout, poll_interval, clock
         self._lock = threading.Lock()  # guards the next three; never held during I/O
         self._busy: set[http.client.HTTPConnection] = set()
         self._idle: list[http.client.HTTPConnection] = []
@@ -80,7 +84,7 @@ class HttpClient:
         """
         batch = [{"ID": each.message_id, "To": each.phone_number, "Text": each.message} for each in messages]
         payload = self._exchange("POST", "/messages", {"Messages": batch})
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
             refused = json.loads(payload).get("Refused")
             return refused if isinstance(refused, dict) else None
         return None
@@ -108,6 +112,9 @@ class HttpClient:
         for connection in busy:
             with contextlib.suppress(OSError, AttributeError):  # not connected, or not any more
                 connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it, which then closes it
+        for updates in subscribers:
+            with updates.all_tasks_done:
+                updates.all_tasks_done.notify_all()  # wakes the poller that waits for its reports to be applied
         if self._poller.ident is not None:
             self._poller.join()  # before the None, so that it really is the last
         for updates in subscribers:
@@ -122,17 +129,18 @@ class HttpClient:
             connection, keep, payload = self._connect(), False, b""
             try:
                 connection.request(method, self._path + path, body, self._headers)
-                with connection.getresponse() as response:
-                    with contextlib.suppress(OSError, http.client.HTTPException):  # the head has told how it went
-                        payload = response.read(LARGEST_ANSWER)
-                        keep = response.isclosed() and not response.will_close
+                response = connection.getresponse()
+                # Whether the body can be read or not, the head has told how it went.
+                with response, contextlib.suppress(OSError, http.client.HTTPException):
+                    payload = response.read(LARGEST_ANSWER)
+                    keep = response.isclosed() and not response.will_close
             finally:
                 self._release(connection, keep)
         except (OSError, http.client.HTTPException) as error:
             raise FastSmsingError("no answer") from error
         if 200 <= response.status < 300:
             return payload
-        if 400 <= response.status < 500 and response.status not in TRY_AGAIN:
+        if response.status in REJECTED:
             raise RejectedError(response.status)
         raise FastSmsingError(response.status, retry_after=_seconds(response.getheader("Retry-After")))
 
@@ -173,19 +181,32 @@ class HttpClient:
     # Delivery reports
 
     def _poll(self) -> None:
+        silence = _Repeated("no delivery reports", self._clock)
+        odd = _Repeated("reports that cannot be read", self._clock)
         cursor, wait = "", 0.0
         while not self._stopped.wait(wait):
             try:
-                page = json.loads(self._exchange("GET", "/reports?" + urlencode({"after": cursor})))
-                self._publish(page["Reports"])
-                cursor, wait = page["Next"], 0.0 if page["Reports"] else self._poll_interval
-            except Exception as error:
+                reports, following = _page(self._exchange("GET", "/reports?" + urlencode({"after": cursor})))
+            except Exception as error:  # the boundary: whatever it is, the next poll may go well
                 wait = max(self._poll_interval, getattr(error, "retry_after", 0.0))
                 if not self._stopped.is_set():
-                    log.warning("no delivery reports: %s", error if isinstance(error, FastSmsingError) else type(error))
+                    silence.failed(error if isinstance(error, FastSmsingError) else type(error).__name__)
+                continue
+            silence.ended()
+            good = [report for report in reports if _readable_report(report)]
+            if len(good) < len(reports):
+                odd.failed(f"{len(reports) - len(good)} of {len(reports)}")
+            elif reports:
+                odd.ended()
+            self._publish(good)
+            self._wait_until_applied()  # asking with the next cursor acknowledges them
+            cursor, wait = following, 0.0 if reports else self._poll_interval
 
     def _publish(self, reports: Sequence[Mapping[str, str]]) -> None:
-        """Every report to every subscriber, in order: a mapping has room for one status of a message."""
+        """Every report to every subscriber, in order: a mapping has room for one status of a message.
+
+        A status that is not in `STATUSES` goes on as it is: the service counts it and says which it was.
+        """
         mappings: list[dict[str, object]] = []
         for report in reports:
             if not mappings or report["ID"] in mappings[-1]:
@@ -196,6 +217,59 @@ class HttpClient:
         for mapping in mappings:
             for updates in subscribers:
                 updates.put(mapping)
+
+    def _wait_until_applied(self) -> None:
+        """What `Queue.join` does for each subscriber, but ends with `stop`, too."""
+        with self._lock:
+            subscribers = tuple(self._subscribers)
+        for updates in subscribers:
+            with updates.all_tasks_done:
+                while updates.unfinished_tasks and not self._stopped.is_set():
+                    updates.all_tasks_done.wait()
+
+
+class _Repeated:
+    """Logs an error that repeats when it begins, once a minute with its count, and when it is over. For one thread."""
+
+    def __init__(self, what: str, clock: Callable[[], float]) -> None:
+        self._what, self._clock = what, clock
+        self._count = 0  # of errors since it began; 0 when all is well
+        self._began = self._logged = 0.0
+
+    def failed(self, why: object) -> None:
+        """Counts an error, and logs it when it is time."""
+        now = self._clock()
+        self._count += 1
+        if self._count == 1:
+            self._began = self._logged = now
+            log.warning("%s: %s", self._what, why)
+        elif now - self._logged >= LOG_PAUSE:
+            self._logged = now
+            log.warning("%s: %s (%d times in %.0f s)", self._what, why, self._count, now - self._began)
+
+    def ended(self) -> None:
+        """Logs that all is well again, if it was not."""
+        if self._count:
+            log.warning("over after %.0f s: %s (%s)", self._clock() - self._began, self._what, _times(self._count))
+            self._count = 0
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _page(payload: bytes) -> tuple[list[Any], str]:
+    """The reports of a response, and the cursor that acknowledges them; raises when it is no page."""
+    page = json.loads(payload)
+    reports, following = page["Reports"], page["Next"]
+    if not (isinstance(reports, list) and isinstance(following, str)):
+        raise TypeError("not a page of reports")
+    return reports, following
+
+
+def _readable_report(report: Any) -> bool:
+    """Whether a report has an ID and a status; a page may hold what this client does not know."""
+    return isinstance(report, dict) and all(isinstance(report.get(name), str) for name in ("ID", "Status"))
 
 
 def _readable(sock: socket.socket) -> bool:
@@ -219,5 +293,6 @@ def make_client() -> HttpClient:
     if not os.environ.get("FASTSMSING_URL"):
         raise ValueError("FASTSMSING_URL is not set")
     times = ("connect_timeout", "read_timeout", "poll_interval")
-    given = {name: float(value) for name in times if (value := os.environ.get(f"FASTSMSING_{name.upper()}"))}
+    values = {name: os.environ.get(f"FASTSMSING_{name.upper()}") for name in times}
+    given: dict[str, Any] = {name: float(value) for name, value in values.items() if value}
     return HttpClient(os.environ["FASTSMSING_URL"], os.environ.get("FASTSMSING_TOKEN", ""), **given)

@@ -7,6 +7,7 @@ as a program it serves until it is interrupted, with 30 % of the requests failin
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -37,6 +38,7 @@ class Fault:
     how: str = ANSWER  # or reset the connection, stay silent, close it unannounced after or within the answer
     status: int = 503
     headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None  # what it says in place of its answer
 
     @property
     def unknown(self) -> bool:
@@ -95,6 +97,7 @@ class StandIn(ThreadingHTTPServer):
         self.messages: dict[str, dict[str, str]] = {}  # by ID, as processed
         self.headers: list[Mapping[str, str]] = []
         self.too_early: list[list[str]] = []  # batches that came again before their Retry-After was over
+        self.cursors: list[str] = []  # of every poll
         self.failures = 0  # requests that a fault spoiled
         self.connections = 0
         self.closed = threading.Semaphore(0)  # released for every connection that ended
@@ -119,10 +122,8 @@ class StandIn(ThreadingHTTPServer):
         self._thread.join(HANG)
         with self._changed:
             for sock in self._sockets:
-                try:
+                with contextlib.suppress(OSError):  # the peer was first
                     sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the peer was first
         self.server_close()
         if self.errors:
             raise self.errors[0]
@@ -179,6 +180,8 @@ class StandIn(ThreadingHTTPServer):
         """The fault of a poll, and the reports after the cursor."""
         start = int(after or 0)
         with self._changed:
+            self.cursors.append(after)
+            self._changed.notify_all()
             reports = self._reports[start : start + PAGE]
             return next(self._poll_faults), {"Reports": reports, "Next": str(start + len(reports))}
 
@@ -242,7 +245,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())  # at once, and so with RST
             return
-        data = json.dumps(document).encode()
+        data = json.dumps(document).encode() if fault.body is None else fault.body
         self.send_response(fault.status)
         for name, value in {**fault.headers, "Content-Length": str(len(data) + (fault.how == CUT))}.items():
             self.send_header(name, value)
