@@ -8,20 +8,23 @@ the server hangs or the network swallows packets, the connection is given up on 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import psycopg
-from psycopg import conninfo, errors
+from psycopg import errors
 
-from smsproxy import RepositoryUnavailableError, describe
+from message_model import RepositoryUnavailableError
 
-__all__ = ["CONNECT_TIMEOUT", "Database", "STATEMENT_TIMEOUT"]
+from .urls import describe_failure, parse_url
 
-Parameters = Union[Sequence[Any], Mapping[str, Any]]
+__all__ = ["CONNECT_TIMEOUT", "STATEMENT_TIMEOUT", "Database", "Parameters"]
+
+Parameters: TypeAlias = "Sequence[Any] | Mapping[str, Any]"
 
 CONNECT_TIMEOUT = 3  # seconds; a server that answers does so in milliseconds
 STATEMENT_TIMEOUT = 5.0  # seconds, by the server's clock; all statements together take some milliseconds
@@ -32,14 +35,15 @@ KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count":
 # For this transaction only. The tables grow from nothing to a hundred thousand rows and back faster than statistics are
 # gathered; a plan that reads all of a table that was small a minute ago is the one that must not be chosen.
 SETTINGS = """
-SELECT set_config('statement_timeout', %s, true), set_config('enable_seqscan', 'off', true), set_config('jit', 'off', true)
+SELECT set_config('statement_timeout', %s, true), set_config('enable_seqscan', 'off', true),
+    set_config('jit', 'off', true)
 """
 
 
 class _Connection(psycopg.Connection[Any]):
     """A connection whose waits end at `deadline`, a time of `time.monotonic`."""
 
-    deadline = float("inf")
+    deadline = math.inf  # set by `Database`, by the thread that runs a statement and by one that ends it
 
     def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
         """See psycopg; raises `OperationalError` after the deadline, and then is of no use any more."""
@@ -62,15 +66,19 @@ class Database:
     """Runs statements on pooled connections. Thread-safe.
 
     Every failure is a `RepositoryUnavailableError`, after at most a few times the limits above. Its text
-    has no password, and nothing that a statement or the server's answer to it contained.
+    has no password, host or port, and nothing that a statement or the server's answer to it contained.
     """
 
     def __init__(self, url: str, connections: int, *, timeout: float = STATEMENT_TIMEOUT) -> None:
         self._timeout = timeout
-        self._parameters = _parameters(url)
-        self._places = threading.BoundedSemaphore(connections)
-        self._lock = threading.Lock()  # guards the next two
+        given = parse_url(url)
+        ours = {"connect_timeout": CONNECT_TIMEOUT, "fallback_application_name": "smsproxy", **KEEPALIVE}
+        self._parameters = {**ours, **given, "client_encoding": "UTF8"}
+        self._changed = threading.Condition()  # guards what follows; a place is free, or it is the end
+        self._places = connections  # that are free
         self._idle: deque[_Connection] = deque()  # the one used last at the end
+        self._busy: set[_Connection] = set()
+        self._end = math.inf  # of `time.monotonic`; nothing is waited for after it
         self._closed = False
 
     def run(self, sql: str, parameters: Parameters = (), *, timeout: float | None = None) -> list[Any]:
@@ -114,43 +122,71 @@ class Database:
                 db.close()
                 raise _unavailable(error) from None
 
+    def end_by(self, moment: float) -> None:
+        """From now on no statement is waited for beyond this moment of `time.monotonic`, those under way included."""
+        with self._changed:
+            self._end = min(self._end, moment)
+            for db in self._busy:
+                db.deadline = min(db.deadline, self._end)
+            self._changed.notify_all()
+
     def close(self) -> None:
-        """Closes the connections; later statements raise `RepositoryUnavailableError`."""
-        with self._lock:
+        """Closes the connections; later statements raise `RepositoryUnavailableError`, and so do those under way.
+
+        Returns at once, whatever hangs: a thread that waits for an answer closes its own connection.
+        """
+        with self._changed:
             self._closed = True
+        self.end_by(-math.inf)
         self._drop_idle()
 
     @contextlib.contextmanager
     def _connection(self, timeout: float, fresh: bool) -> Iterator[_Connection]:
         """A connection of one's own for a while. Waits for a place no longer than a statement may take."""
-        if not self._places.acquire(timeout=timeout):
-            raise RepositoryUnavailableError("the database is too slow: every connection is in use")
+        db = self._take_place(timeout, fresh)
         try:
-            with self._lock:
-                if self._closed:
-                    raise RepositoryUnavailableError("the database is closed")
-                db = None if fresh or not self._idle else self._idle.pop()
             db = db or self._connect()
-            db.deadline = time.monotonic() + timeout + GRACE
             try:
+                self._begin(db, time.monotonic() + timeout + GRACE)
                 yield db
-            except BaseException:
+            finally:
                 self._put_back(db)
-                raise
-            self._put_back(db)
         finally:
-            self._places.release()
+            with self._changed:
+                self._places += 1
+                self._changed.notify()
+
+    def _take_place(self, timeout: float, fresh: bool) -> _Connection | None:
+        """Waits for a place, and takes an idle connection unless a fresh one is wanted."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while not self._closed and not self._places and (wait := min(deadline, self._end) - time.monotonic()) > 0:
+                self._changed.wait(wait)
+            if self._closed:
+                raise RepositoryUnavailableError("the database is closed")
+            if not self._places or time.monotonic() > self._end:
+                raise RepositoryUnavailableError("the database is too slow: every connection is in use")
+            self._places -= 1
+            return None if fresh or not self._idle else self._idle.pop()
+
+    def _begin(self, db: _Connection, deadline: float) -> None:
+        with self._changed:
+            if self._closed:  # while we connected
+                raise RepositoryUnavailableError("the database is closed")
+            db.deadline = min(deadline, self._end)
+            self._busy.add(db)
 
     def _put_back(self, db: _Connection) -> None:
-        with self._lock:
-            usable = not self._closed and not db.closed and db.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
-            if usable:
+        with self._changed:
+            self._busy.discard(db)
+            idle = not db.closed and db.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+            if usable := idle and not self._closed:
                 self._idle.append(db)
         if not usable:
             db.close()
 
     def _drop_idle(self) -> None:
-        with self._lock:
+        with self._changed:
             idle, self._idle = self._idle, deque()
         for db in idle:
             db.close()
@@ -160,19 +196,7 @@ class Database:
             # No prepared statements: the next transaction may run on another connection of a pooler.
             return _Connection.connect(**self._parameters, autocommit=True, prepare_threshold=None)
         except (psycopg.Error, OSError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            password = str(self._parameters.get("password") or "")
-            text = describe(error) if password and password in lines[0] else lines[0]
-            raise RepositoryUnavailableError(f"cannot connect to PostgreSQL: {text}") from None
-
-
-def _parameters(url: str) -> dict[str, Any]:
-    try:
-        given = conninfo.conninfo_to_dict(url)
-    except psycopg.Error:  # its text quotes the URL
-        raise RepositoryUnavailableError("the database's URL cannot be understood") from None
-    ours = {"connect_timeout": CONNECT_TIMEOUT, "fallback_application_name": "smsproxy", **KEEPALIVE}
-    return {**ours, **given, "client_encoding": "UTF8"}
+            raise RepositoryUnavailableError(f"cannot connect to PostgreSQL: {describe_failure(error)}") from None
 
 
 def _execute(db: _Connection, sql: str, parameters: Parameters, timeout: float) -> list[Any]:

@@ -1,6 +1,7 @@
 """The batches that this process has claimed, and the thread that renews their leases."""
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -8,16 +9,18 @@ import uuid
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from smsproxy import Incident, RepositoryUnavailableError
+from incident_log import Incident, location
+from message_model import RepositoryUnavailableError
 
 from .connections import Database
+from .statements import RENEW, UNCLAIM
 
 __all__ = ["Lease", "Leases", "monotonic"]
 
 log = logging.getLogger("smsproxy.postgres")
 
 MARGIN = 0.05  # of a lease; this machine's clock may go so much slower than the database's
-LAST_RENEWAL = 1.0  # seconds that the end waits for a renewal under way; a database that hangs must not hold it up
+LAST_WAIT = 0.3  # seconds that a statement given up at its deadline may take to notice it
 RETRY = 1.0  # seconds, longest wait before a renewal that failed is tried again
 
 
@@ -51,6 +54,10 @@ class Leases:
        leaves `_held`, and others get it when its lease runs out. So does one whose claim was never answered.
     3. A renewal that finds another owner, or no batch any more, ends the lease at once.
     4. A lease that ran out here while the database was away, and that nobody took over, is renewed like any other.
+    5. The end frees the batches that no sender asked about. A batch leaves `_held` in the same step in which that
+       is found out, so a sender that has one of them and asks afterwards is told not to send it.
+
+    `database` is the leases' own, so that no renewal waits behind other statements; `close` closes it.
     """
 
     def __init__(self, database: Database, seconds: float, *, clock: Callable[[], float] = monotonic) -> None:
@@ -99,17 +106,18 @@ class Leases:
                     if not lease.remaining:
                         self._drop(lease)
 
-    def close(self) -> list[int]:
-        """Ends the thread; returns the batches that no sender began with: they were claimed while the senders stopped.
+    def close(self, deadline: float) -> None:
+        """Ends the thread, which frees the batches that no sender began with: they were claimed while the senders stopped.
 
-        What else is still held is in a request that did not end, so it waits out its lease.
+        What else is still held is in a request that did not end, so it waits out its lease, and so does everything
+        when the database hangs. Blocks until `deadline` at most, a moment of `time.monotonic`, and a little longer.
         """
         with self._lock:
             self._closed = True
             self._changed.notify()
-        self._thread.join(LAST_RENEWAL)
-        with self._lock:
-            return sorted(lease.id for lease in self._held.values() if not lease.asked)
+        self._database.end_by(deadline)
+        self._thread.join(max(0.0, deadline - time.monotonic()) + LAST_WAIT)
+        self._database.close()
 
     def _end(self, sent_at: float) -> float:
         return sent_at + self.seconds * (1 - MARGIN)
@@ -126,17 +134,18 @@ class Leases:
     def _run(self) -> None:
         wait = self.seconds / 3
         while self._wait(wait):
+            wait = min(RETRY, self.seconds / 10)
             try:
                 self._renew()
             except RepositoryUnavailableError as error:
                 self._incident.failed(error)
-                wait = min(RETRY, self.seconds / 10)
             except Exception as error:  # whatever it is, leases have to be renewed
-                log.error("the renewal of leases goes on after a %s", type(error).__name__)
-                wait = min(RETRY, self.seconds / 10)
+                self._incident.failed(location(error))
             else:
                 self._incident.ended()
                 wait = self.seconds / 3
+        with contextlib.suppress(RepositoryUnavailableError):  # then they wait out their leases, too
+            self._free()
 
     def _wait(self, seconds: float) -> bool:
         """Waits, first for something to renew and then for so long; False at the end."""
@@ -152,9 +161,8 @@ class Leases:
         sent_at = self.clock()
         if not asked:
             return
-        sql = "SELECT * FROM smsproxy.renew(%s::uuid, %s::bigint[], %s::float8)"
         # A statement that waits for longer than it takes until the next try would only be in its way.
-        rows = self._database.run(sql, (self.owner, sorted(asked), self.seconds), timeout=self.seconds / 6)
+        rows = self._database.run(RENEW, (self.owner, sorted(asked), self.seconds), timeout=self.seconds / 6)
         renewed = {row[0] for row in rows}
         with self._lock:
             for lease in asked.values():
@@ -162,3 +170,11 @@ class Leases:
                     lease.until = max(lease.until, self._end(sent_at))
                 else:
                     self._drop(lease)
+
+    def _free(self) -> None:
+        with self._lock:
+            free = [lease for lease in self._held.values() if not lease.asked]
+            for lease in free:
+                self._drop(lease)
+        if free:
+            self._database.run(UNCLAIM, (sorted(lease.id for lease in free), self.owner))

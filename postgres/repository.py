@@ -6,34 +6,33 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from base_repository import FORGET_STEP, RETENTION, Claim, Repository
 from fastsmsing import Message
-from smsproxy import (
-    FORGET_STEP, RETENTION, STATUS_OF, Batch, Claim, DuplicateMessageError, Entry, MessageStatus, OverloadedError,
-    Reason, Repository, RepositoryUnavailableError, SmsProxyError, StatusTransitionError, UnknownMessageError,
-    ValidationError, check_transition,
+from message_model import (
+    STATUS_OF, Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, RepositoryUnavailableError,
+    SmsProxyError, StatusTransitionError, UnknownMessageError, ValidationError, check_transition,
 )  # fmt: skip
 
+from .backlog import Backlog
 from .connections import Database
 from .leases import Lease, Leases
-from .schema import check_settings, migrate
+from .schema import prepare
 from .statements import (
-    CHECK, CLAIM, COUNT, FORGET, HANDED_OVER, KNOWN, OLDEST, RELEASE, SAVE, SIZE, STATUS, UNCLAIM, UPDATE,
+    CHECK, CLAIM, COUNT, FORGET, HANDED_OVER, KNOWN, OLDEST, RELEASE, SAVE, SIZE, STATUS, UPDATE,
 )  # fmt: skip
 
 __all__ = ["PostgresRepository"]
 
 CONNECTIONS = 8  # of one process, besides the one that renews leases: few, since a server has some hundred
-START_TIMEOUT = 30.0  # seconds for the first connection's work; another process may be creating the tables
+CLOSE_TIMEOUT = 1.0  # seconds for what is still worth doing at the end
 CHECK_TIMEOUT = 2.0  # seconds
 LARGEST = 1_000_000  # messages in one batch; bounds what one claim can read
-STALE = 1.0  # seconds that the size of the outbox may be old
-SHARE = 20  # of its time at most one in so many parts goes into counting the outbox
 FORGET_PAUSE = 0.1  # seconds, shortest time between two looks for what is to be forgotten, when the last found little
+LONGEST = 1e9  # seconds, some thirty years; PostgreSQL refuses times further away than some 300,000
 SLICE = 60.0  # seconds, longest; times of changes are rounded up to slices, so most changes leave the index alone
 
 
@@ -43,44 +42,6 @@ def _storable(message_id: str) -> bool:
         return b"\0" not in message_id.encode()
     except UnicodeEncodeError:
         return False
-
-
-class _Figure:
-    """The size of the outbox: counted about once a second, and in between changed by what this process does."""
-
-    def __init__(self, count: Callable[[], int], clock: Callable[[], float]) -> None:
-        self._count, self._clock = count, clock
-        self._counting = threading.Lock()  # held by the one who counts; the others go on with the old figure
-        self._lock = threading.Lock()  # guards everything below
-        self._known: int | None = None
-        self._since = 0  # change since the count began
-        self._fresh_until = -math.inf
-
-    def add(self, change: int) -> None:
-        """This process put so many messages into the outbox, or will in a moment, or took them out."""
-        with self._lock:
-            self._since += change
-
-    def get(self) -> int:
-        """The figure, counted anew if it is old and nobody else does."""
-        with self._lock:
-            known, fresh = self._known, self._clock() < self._fresh_until
-        if not fresh and self._counting.acquire(blocking=known is None):
-            try:
-                self._refresh()
-            finally:
-                self._counting.release()
-        with self._lock:
-            return max(0, (self._known or 0) + self._since)
-
-    def _refresh(self) -> None:
-        with self._lock:
-            began, before = self._clock(), self._since
-        known = self._count()
-        with self._lock:
-            now = self._clock()
-            self._known, self._since = known, self._since - before
-            self._fresh_until = now + max(STALE, SHARE * (now - began))
 
 
 class PostgresRepository(Repository):
@@ -103,19 +64,16 @@ class PostgresRepository(Repository):
         connections: int = CONNECTIONS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._retention = retention or None
+        self._retention = min(retention, LONGEST) or None
         self._slice = min(SLICE, retention / 1000) or SLICE
         self._clock = clock
         self._database = Database(url, connections)
         with contextlib.ExitStack() as undo:
             undo.callback(self._database.close)
-            with self._database.start(START_TIMEOUT) as db:
-                check_settings(db)
-                migrate(db)
+            prepare(self._database)
             undo.pop_all()
-        self._renewals = Database(url, 1)  # its own, so that no renewal waits behind other statements
-        self._leases = Leases(self._renewals, lease)
-        self._figure = _Figure(lambda: int(self._database.run(COUNT)[0][0]), clock)
+        self._leases = Leases(Database(url, 1), min(lease, LONGEST))
+        self._backlog = Backlog(lambda: int(self._database.run(COUNT)[0][0]), clock)
         self._forget_at = -math.inf  # by our clock: before that nothing is to be forgotten
 
     # Accepting
@@ -125,17 +83,19 @@ class PostgresRepository(Repository):
         fresh: dict[str, Entry] = {}
         for entry in filter(lambda entry: _storable(entry.message.message_id), entries):
             fresh.setdefault(entry.message.message_id, entry)  # of those with one ID the first counts
-        room = len(fresh) if max_pending is None else max(0, max_pending - self._figure.get())
+        room = len(fresh) if max_pending is None else max_pending - self._backlog.get()
+        if max_pending is not None and room < len(fresh):  # others may have handed over a lot since the last count
+            room = max(0, max_pending - self._backlog.recount())
         known: dict[str, bytes | None] = {}
         if room < len(fresh):  # those that are known are told so, however full it is
             known = self._known(fresh)
             fresh = dict([item for item in fresh.items() if item[0] not in known][:room])
-        self._figure.add(len(fresh))  # at once: others are saving, too
+        self._backlog.add(len(fresh))  # at once: others are saving, too
         saved: set[str] = set()
         try:
             saved, again = self._insert(list(fresh.values()))
         finally:
-            self._figure.add(len(saved) - len(fresh))
+            self._backlog.add(len(saved) - len(fresh))
         if missing := fresh.keys() - saved:
             found = self._known(missing)
             if again:  # what had no key got an ID that nobody can have used before: our first try saved it
@@ -191,7 +151,7 @@ class PostgresRepository(Repository):
         }  # fmt: skip
         rows, again = self._database.run_again(lambda again: (UPDATE, parameters)) if ids else ([], False)
         found = {row[0]: (MessageStatus(row[1]), row[2] or again and row[1] == STATUS_OF[updates[row[0]]]) for row in rows}
-        self._figure.add(-rows[0][3] if rows else 0)
+        self._backlog.add(-rows[0][3] if rows else 0)
         self._leases.remove([message_id for message_id, (_, applied) in found.items() if applied])
         errors: dict[str, Exception] = {}
         for message_id, update in updates.items():
@@ -228,7 +188,7 @@ class PostgresRepository(Repository):
         ids = sorted(filter(_storable, batch.ids))
         parameters = {"ids": ids, "slice": self._slice, "ended": self._leases.ended_by(ids)}
         rows = self._database.run(HANDED_OVER, parameters)
-        self._figure.add(-rows[0][0])
+        self._backlog.add(-rows[0][0])
         self._leases.remove(ids)
 
     def holds(self, batch: Batch) -> bool:
@@ -239,7 +199,7 @@ class PostgresRepository(Repository):
 
     def backlog(self) -> int:
         """See `Repository`. Of all processes together; about a second old."""
-        return self._figure.get()
+        return self._backlog.get()
 
     def oldest(self) -> float | None:
         """See `Repository`. Of all processes together."""
@@ -273,12 +233,12 @@ class PostgresRepository(Repository):
         return wait
 
     def close(self) -> None:
-        """Closes the connections. Batches in requests that did not end wait out their leases."""
-        if untouched := self._leases.close():
-            with contextlib.suppress(RepositoryUnavailableError):  # then they wait, too
-                self._database.run(UNCLAIM, (untouched, self._leases.owner))
-        self._renewals.close()
+        """Closes the connections, within `CLOSE_TIMEOUT` and a little more, whatever hangs.
+
+        Other threads' statements fail. Batches in requests that did not end wait out their leases.
+        """
         self._database.close()
+        self._leases.close(time.monotonic() + CLOSE_TIMEOUT)
 
 
 def _not_saved(message_id: str, known: Mapping[str, bytes | None]) -> Exception:

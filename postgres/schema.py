@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from smsproxy import RepositoryUnavailableError
+from message_model import RepositoryUnavailableError
+
+from .connections import Database
 
 if TYPE_CHECKING:
     import psycopg
 
-__all__ = ["MIGRATIONS", "check_settings", "migrate"]
+__all__ = ["MIGRATIONS", "check_database", "prepare"]
+
+START_TIMEOUT = 30.0  # seconds for the first connection's work; another process may be creating the tables
 
 MIGRATION_LOCK = 0x534D5350  # "SMSP": the advisory lock of a transaction that creates or migrates
 
@@ -161,7 +165,27 @@ MIGRATIONS = (
 )
 
 
-def migrate(db: psycopg.Connection[Any]) -> None:
+def prepare(database: Database) -> None:
+    """Creates what is missing; raises `RepositoryUnavailableError` when the database cannot be used."""
+    with database.start(START_TIMEOUT) as db:
+        _check_settings(db)
+        _migrate(db)
+
+
+def check_database(url: str) -> None:
+    """Raises `RepositoryUnavailableError` when a start would fail. Only looks: it creates and changes nothing."""
+    database = Database(url, 1)
+    try:
+        with database.start(START_TIMEOUT) as db:
+            _check_settings(db)
+            may_create = "SELECT has_database_privilege(current_database(), 'CREATE')"
+            if _version(db) < len(MIGRATIONS) and not _value(db, may_create):
+                raise RepositoryUnavailableError("the tables are missing or old, and this role may not create any")
+    finally:
+        database.close()
+
+
+def _migrate(db: psycopg.Connection[Any]) -> None:
     """Creates what is missing, one process at a time; raises `RepositoryUnavailableError` when the schema is newer."""
     if _version(db) == len(MIGRATIONS):
         return
@@ -196,7 +220,7 @@ REFUSED = {
 }
 
 
-def check_settings(db: psycopg.Connection[Any]) -> None:
+def _check_settings(db: psycopg.Connection[Any]) -> None:
     """Raises `RepositoryUnavailableError` when the server cannot keep what the service promises."""
     for name, (values, promise) in REFUSED.items():
         value = _value(db, "SELECT current_setting(%s)", name)

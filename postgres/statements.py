@@ -3,11 +3,11 @@
 IDs are sorted wherever rows get locked, so that two statements never wait for each other; and messages are locked
 before the outbox, by every statement that changes both.
 """
-from smsproxy import TRANSITIONS
+from message_model import TRANSITIONS
 
 __all__ = [
-    "CHECK", "CLAIM", "COUNT", "FORGET", "HANDED_OVER", "KNOWN", "OLDEST", "RELEASE", "SAVE", "SIZE", "STATUS", "UNCLAIM",
-    "UPDATE",
+    "CHECK", "CLAIM", "COUNT", "FORGET", "HANDED_OVER", "KNOWN", "OLDEST", "RELEASE", "RENEW", "SAVE", "SIZE", "STATUS",
+    "UNCLAIM", "UPDATE",
 ]  # fmt: skip
 
 SAVE = """
@@ -64,6 +64,7 @@ WITH found AS MATERIALIZED (
 SELECT count(*) FROM gone
 """
 CLAIM = "SELECT * FROM smsproxy.claim(%s::uuid, %s::bigint, %s::float8, %s::float8)"
+RENEW = "SELECT * FROM smsproxy.renew(%s::uuid, %s::bigint[], %s::float8)"
 RELEASE = """
 WITH whole AS (
     DELETE FROM smsproxy.batch WHERE id = ANY (%(ended)s::bigint[]) AND owner = %(owner)s::uuid RETURNING id

@@ -5,9 +5,11 @@ import contextlib
 import os
 import pwd
 import re
+import selectors
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-__all__ = ["Bouncer", "Cluster", "HANG", "find_programs", "free_port", "let_pass", "run_as", "until"]
+__all__ = ["HANG", "Bouncer", "Cluster", "Passage", "find_programs", "free_port", "let_pass", "run_as", "until"]
 
 T = TypeVar("T")
 
@@ -130,6 +132,56 @@ def let_pass(cluster: Cluster, url: str, seconds: float) -> None:
     cluster.sql(url, f"UPDATE smsproxy.message SET changed_at = changed_at {shift}")
     cluster.sql(url, f"UPDATE smsproxy.batch SET lease_until = lease_until {shift}")
     cluster.sql(url, f"UPDATE smsproxy.pulse SET resumed_at = resumed_at {shift}")
+
+
+class Passage:
+    """A way to the server on which bytes can get lost from one moment on, as behind a network that is cut."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._server = ("127.0.0.1", cluster.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._cut, self._closed = threading.Event(), threading.Event()
+        self.swallowed = threading.Event()  # set when a byte got lost
+        self._selector = selectors.DefaultSelector()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def cut(self) -> None:
+        """From now on nothing arrives on either side; connections can still be made."""
+        self._cut.set()
+
+    def close(self) -> None:
+        """Ends all connections."""
+        self._closed.set()
+        self._thread.join(HANG)
+
+    def _run(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._selector)
+            stack.enter_context(self._listener)
+            self._selector.register(self._listener, selectors.EVENT_READ, None)
+            while not self._closed.is_set():
+                for key, _ in self._selector.select(0.05):
+                    if key.data is None:
+                        pair = self._listener.accept()[0], socket.create_connection(self._server)
+                        for one, other in (pair, pair[::-1]):
+                            stack.enter_context(one)
+                            self._selector.register(one, selectors.EVENT_READ, other)
+                    else:
+                        self._pass_on(key.fileobj, key.data)
+
+    def _pass_on(self, source: Any, target: socket.socket) -> None:
+        data = b""
+        with contextlib.suppress(OSError):
+            data = source.recv(65_536)
+        if self._cut.is_set():
+            self.swallowed.set()
+        else:
+            with contextlib.suppress(OSError):
+                target.sendall(data) if data else target.shutdown(socket.SHUT_WR)
+        if not data:
+            self._selector.unregister(source)
 
 
 class Bouncer:

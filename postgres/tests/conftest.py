@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Bouncer, Cluster, find_programs, run_as
+from cluster import Bouncer, Cluster, Passage, find_programs, run_as
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +38,14 @@ def url(cluster: Cluster, database: str) -> str:
     cluster.sql("postgres", f"ALTER DATABASE test RESET ALL; {leave}")
     cluster.sql(database, "DROP SCHEMA IF EXISTS smsproxy CASCADE")
     return database
+
+
+@pytest.fixture
+def passage(cluster: Cluster) -> Iterator[Passage]:
+    """A way to the cluster that can be cut."""
+    way = Passage(cluster)
+    yield way
+    way.close()
 
 
 @pytest.fixture
