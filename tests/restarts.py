@@ -12,6 +12,7 @@ import http.client
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+PLACE, SERVER = ROOT / "deploy" / "nginx.conf", ROOT / "deploy" / "nginx_server.conf"
 HANG = 30.0  # seconds after which something has hung; nothing is paced by it
 CLIENTS = 128  # threads that send: as many requests can be under way
 BODY = json.dumps({"PhoneNumber": "48123456789", "Content": "Your parcel is here"})
@@ -97,13 +99,19 @@ def serving(directory: Path, *flags: str, command: Sequence[str] = ()) -> Iterat
         service.close()
 
 
-def nginx_files(directory: Path, upstream: int, port: int) -> Path:
-    """deploy/nginx.conf with these ports, and a configuration that includes it; returns the latter."""
-    text = (ROOT / "deploy" / "nginx.conf").read_text()
-    for old, new in (("server 127.0.0.1:8080;", f"server 127.0.0.1:{upstream};"), ("listen 80;", f"listen 127.0.0.1:{port};")):
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    (directory / "smsproxy.conf").write_text(text)
+def nginx_files(directory: Path, upstream: int, port: int, place: Path = PLACE, **values: str) -> Path:
+    """A configuration with our two files, one of them this, these ports, and these values of directives."""
+    changes = [(place, r"^    server \S+:8080\b.*;$", f"    server 127.0.0.1:{upstream};"),
+               (SERVER, r"^    listen 80;$", f"    listen 127.0.0.1:{port};"),
+               *((SERVER, rf"^    {name} .*?;", f"    {name} {value};") for name, value in values.items())]  # fmt: skip
+    texts = {file: file.read_text() for file in (place, SERVER)}
+    for file, pattern, new in changes:
+        texts[file], count = re.subn(pattern, new, texts[file], flags=re.MULTILINE)
+        assert count == 1, pattern
+    conf = directory / "conf.d"
+    conf.mkdir()
+    for file, text in texts.items():
+        (conf / file.name).write_text(text)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     paths = " ".join(f"{kind}_temp_path {directory}/{kind};" for kind in kinds)
     user = "user root;" if os.geteuid() == 0 else ""
@@ -111,20 +119,21 @@ def nginx_files(directory: Path, upstream: int, port: int) -> Path:
     main.write_text(
         f"{user} daemon off; pid {directory}/nginx.pid; error_log {directory}/nginx.log;\n"
         f"events {{ worker_connections 1024; }}\n"
-        f"http {{ access_log off; {paths} include {directory}/smsproxy.conf; }}\n"
+        f"http {{ access_log off; {paths} include {conf}/*.conf; }}\n"
     )
     return main
 
 
 @contextlib.contextmanager
-def nginx(directory: Path, upstream: int) -> Iterator[int]:
-    """nginx with deploy/nginx.conf in front of the port, until the block ends; gives its own port."""
+def nginx(directory: Path, upstream: int, place: Path = PLACE, **values: str) -> Iterator[int]:
+    """nginx with a configuration of ours in front of the port, until the block ends; gives its own port."""
     program = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
     assert program is not None, "nginx is not installed"
     with socket.create_server(("127.0.0.1", 0)) as listener:  # nginx takes it over as in an upgrade: no waiting for it
         port: int = listener.getsockname()[1]
-        command = [program, "-e", str(directory / "nginx.log"), "-c", str(nginx_files(directory, upstream, port))]
+        file = nginx_files(directory, upstream, port, place, **values)
         environ = {**os.environ, "NGINX": f"{listener.fileno()};"}
+        command = [program, "-e", str(directory / "nginx.log"), "-c", str(file)]
         process = subprocess.Popen(command, env=environ, pass_fds=[listener.fileno()])
     try:
         yield port

@@ -8,13 +8,15 @@ import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,13 @@ def run(*command: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.Co
     )
 
 
-def fetch(port: int, method: str, path: str, body: Any = None, headers: dict[str, str] = {}) -> tuple[int, bytes]:
-    """One request on a connection of its own."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG)
+def fetch(
+    port: int, method: str, path: str, body: Any = None, headers: Mapping[str, str] = {}, *, source: str = ""
+) -> tuple[int, bytes]:
+    """One request on a connection of its own, from this address."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG, source_address=(source, 0))
     with contextlib.closing(connection):
-        connection.request(method, path, body, headers)
+        connection.request(method, path, body, dict(headers))
         response = connection.getresponse()
         return response.status, response.read()
 
@@ -77,21 +81,21 @@ def service(pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 # The single file
 
 
-def test_the_single_file_holds_what_the_package_does() -> None:
-    packaging = (ROOT / "pyproject.toml").read_text()
-    modules = re.search(r"^py-modules = (\[.*?\])", packaging, re.M | re.S)
-    data = re.search(r'^"share/smsproxy" = (\[.*?\])', packaging, re.M)
-    assert modules and data
-    packaged = {f"{name}.py" for name in json.loads(modules[1])} | set(json.loads(data[1]))
-    assert set(_make_pyz("FILES")) - {"LICENSE"} == packaged
-    assert all((ROOT / name).is_file() for name in packaged)
-    packages = re.search(r"^packages = (\[.*?\])", packaging, re.M)
-    assert set(_make_pyz("PACKAGES")) == set(json.loads(packages[1]) if packages else ())
-
-
-def _make_pyz(name: str) -> tuple[str, ...]:
-    found: tuple[str, ...] = runpy.run_path(str(DEPLOY / "make_pyz.py"))[name]
-    return found
+def test_the_single_file_holds_every_module_and_nothing_that_lies_around(tmp_path: Path) -> None:
+    modules = {path.name for path in ROOT.glob("*.py")}
+    tree = tmp_path / "tree"
+    for name in (*modules, "postgres", "openapi.json", "page.html", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        tree.mkdir(exist_ok=True)
+        copy(ROOT / name, tree / name)
+    (tree / "shop_client.py").write_text("import smsproxy\n")
+    (tree / "postgres" / "notes.txt").write_text("nothing that runs\n")
+    made = runpy.run_path(str(DEPLOY / "make_pyz.py"))["make"]
+    made(tmp_path / "made.pyz", tree)
+    with zipfile.ZipFile(tmp_path / "made.pyz") as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    packages = {f"postgres/{path.name}" for path in ROOT.glob("postgres/*.py")}
+    assert names == modules | packages | {"__main__.py", "openapi.json", "page.html", "LICENSE"}
 
 
 @pytest.mark.parametrize(("path", "file"), [("/openapi.json", "openapi.json"), ("/", "page.html")])
@@ -246,7 +250,7 @@ def settings(name: str) -> dict[str, str]:
 def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     program = tool("systemd-analyze")
     unit = (DEPLOY / "smsproxy.service").read_text()
-    assert unit.count("ExecStart=/opt/smsproxy/bin/smsproxy\n") == 1  # it must be there for the tool
+    assert unit.count("ExecStart=/opt/smsproxy/bin/smsproxy ") == 1  # it must be there for the tool
     (tmp_path / "smsproxy.service").write_text(unit.replace("/opt/smsproxy/bin/smsproxy", sys.executable))
     shutil.copy(DEPLOY / "smsproxy.socket", tmp_path)
     verified = run(program, "verify", "--man=no", tmp_path / "smsproxy.service", tmp_path / "smsproxy.socket")
@@ -262,6 +266,23 @@ def test_the_unit_fits_the_defaults_of_the_service() -> None:
     assert settings("smsproxy.socket")["ListenStream"] == f"{defaults['host']}:{defaults['port']}"
 
 
+def test_systemd_never_gives_up_and_neither_does_it_hurry() -> None:
+    unit = settings("smsproxy.service")
+    assert (unit["StartLimitIntervalSec"], unit["Restart"]) == ("0", "on-failure")
+    pause = shlex.split(unit["ExecStopPost"].replace("$$", "$"))  # as systemd reads it
+    slow, quick = (run("/bin/sh", "-xc", pause[2], SERVICE_RESULT=result) for result in ("exit-code", "success"))
+    assert ("+ sleep 1" in slow.stderr, "sleep" in quick.stderr) == (True, False)
+
+
+def test_the_unit_starts_nothing_without_a_client() -> None:
+    unit = settings("smsproxy.service")
+    _, *flags = unit["ExecStart"].split()
+    assert flags == ["--client", "${SMSPROXY_CLIENT}"]  # for which systemd puts an empty word if there is no such variable
+    refused = run(*MAIN, "--client", "", "--check")
+    assert (str(refused.returncode), len(refused.stderr.splitlines())) == (unit["RestartPreventExitStatus"], 1)
+    assert "argument --client: must not be empty" in refused.stderr
+
+
 def test_the_unit_and_the_image_use_settings_that_exist() -> None:
     text = (DEPLOY / "smsproxy.service").read_text() + (DEPLOY / "Dockerfile").read_text()
     assert set(re.findall(r"\bSMSPROXY_[A-Z_]+\b", text)) <= main.VARIABLES
@@ -269,17 +290,20 @@ def test_the_unit_and_the_image_use_settings_that_exist() -> None:
 
 # nginx
 
+PLACES = [DEPLOY / "nginx.conf", ROOT / "postgres" / "nginx.conf"]
 
-@pytest.fixture(scope="module")
-def front(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+
+@pytest.fixture(scope="module", params=PLACES, ids=["deploy", "postgres"])
+def front(request: pytest.FixtureRequest, service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an nginx before the service."""
     tool("nginx")
-    with restarts.nginx(tmp_path_factory.mktemp("nginx"), service.port) as port:
+    with restarts.nginx(tmp_path_factory.mktemp("nginx"), service.port, request.param) as port:
         yield port
 
 
-def test_nginx_accepts_its_file(tmp_path: Path) -> None:
-    checked = run(tool("nginx"), "-t", "-e", tmp_path / "log", "-c", restarts.nginx_files(tmp_path, 8080, 8081))
+@pytest.mark.parametrize("place", PLACES, ids=["deploy", "postgres"])
+def test_nginx_accepts_its_file(place: Path, tmp_path: Path) -> None:
+    checked = run(tool("nginx"), "-t", "-e", tmp_path / "log", "-c", restarts.nginx_files(tmp_path, 8080, 8081, place))
     assert (checked.returncode, checked.stderr.splitlines()[-1].split()[-2:]) == (0, ["is", "successful"])
 
 
@@ -293,8 +317,55 @@ def test_nginx_gives_a_chunked_body_a_length(front: int) -> None:
     assert fetch(front, "POST", "/sms", iter([MESSAGE.encode()]))[0] == 202  # an iterator is sent in chunks
 
 
-def test_nginx_keeps_the_metrics_from_the_public(front: int) -> None:
-    assert fetch(front, "GET", "/metrics")[0] == 403
+OPERATORS = ("/", "/healthz", "/livez", "/openapi.json")  # and /metrics, which changes all the time
+STRANGER = "127.0.0.2"  # an address of this machine that is in no operator's network
+
+
+def test_nginx_lets_an_operator_see_everything(front: int, service: Service) -> None:
+    assert [fetch(front, "GET", path) for path in OPERATORS] == [fetch(service.port, "GET", path) for path in OPERATORS]
+    assert fetch(front, "GET", "/metrics")[0] == 200
+
+
+def test_nginx_lets_everyone_else_see_the_messages_and_nothing_more(front: int) -> None:
+    for path in (*OPERATORS, "/metrics", "//metrics", "/sms/../metrics", "/sms/%2e%2e/healthz", "/metrics?"):
+        assert _refusal(front, "GET", path, source=STRANGER) == (403, None), path
+    status, body = fetch(front, "POST", "/sms", MESSAGE, source=STRANGER)
+    assert status == 202
+    assert fetch(front, "GET", f"/sms/{json.loads(body)['ID']}", source=STRANGER)[0] == 200
+
+
+def _refusal(
+    port: int, method: str, path: str, body: Any = None, headers: Mapping[str, str] = {}, source: str = ""
+) -> tuple[int, str | None]:
+    """The status and Retry-After of an error of nginx, which must have a body as smsproxy's errors have it."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG, source_address=(source, 0))
+    with contextlib.closing(connection):
+        connection.request(method, path, body, dict(headers))
+        response = connection.getresponse()
+        text = response.read()
+    assert response.headers["Content-Type"] == "application/json"
+    assert (list(json.loads(text)), text[-1:]) == (["Error"], b"\n")
+    return response.status, response.headers["Retry-After"]
+
+
+def test_the_errors_of_nginx_are_json(front: int) -> None:
+    assert _refusal(front, "GET", "/admin") == (404, None)
+    assert _refusal(front, "GET", "/smsx") == (404, None)
+    assert _refusal(front, "POST", "/sms", b"x" * (64 * 1024 + 1)) == (413, None)
+    assert _refusal(front, "GET", "/sms/" + "x" * 70_000) == (414, None)
+    assert _refusal(front, "TRACE", "/sms") == (405, None)
+    assert _refusal(front, "GET", "/sms", headers={"X-Long": "x" * 70_000}) == (431, None)
+    assert _refusal(front, "GET", "/sms", headers={"Host": "a b"}) == (400, None)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=["deploy", "postgres"])
+def test_a_service_that_is_gone_or_silent_is_json_with_a_wait(place: Path, tmp_path: Path) -> None:
+    tool("nginx")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # its backlog takes the connection
+        with restarts.nginx(tmp_path, silent.getsockname()[1], place, proxy_read_timeout="100ms") as port:
+            assert _refusal(port, "POST", "/sms", MESSAGE) == (504, "5")
+            silent.close()
+            assert _refusal(port, "POST", "/sms", MESSAGE) == (502, "5")
 
 
 def test_nginx_drops_an_idle_connection_before_the_service_does() -> None:
@@ -351,6 +422,27 @@ def test_the_image_has_what_the_service_needs_and_knows_whether_it_is_healthy(tm
         service.close()
         gone = run(sys.executable, *probe[1:], cwd=tmp_path, **environ)
     assert (healthy.returncode, gone.returncode) == (0, 1)
+
+
+def test_a_container_starts_nothing_without_a_client() -> None:
+    (client,) = re.findall(r"SMSPROXY_CLIENT=(\S+)", " ".join(dockerfile("ENV")))
+    refused = run(*MAIN, "--check", SMSPROXY_CLIENT=client)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert "argument --client" in refused.stderr
+    named = run(*MAIN, "--check", SMSPROXY_CLIENT="fastsmsing:InMemoryClient")
+    assert named.returncode == 0
+    assert re.search(r"SMSPROXY_CLIENT: \$\{SMSPROXY_CLIENT:\?", (ROOT / "postgres" / "compose.yaml").read_text())
+
+
+def test_docker_sees_what_the_image_copies_and_nothing_else() -> None:
+    first, *others = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    copied = [source for line in dockerfile("COPY") for source in line.split()[:-1]]
+    assert (first, sorted(others)) == ("*", sorted(f"!{source}" for source in copied))
+
+
+def test_the_compose_file_has_the_version_of_postgresql_that_was_tried() -> None:
+    image = re.findall(r"image: postgres:(\d+)", (ROOT / "postgres" / "compose.yaml").read_text())
+    assert image == re.findall(r"by its documentation, tested with (\d+)\.", (ROOT / "postgres" / "README.md").read_text())
 
 
 def test_the_image_does_not_run_as_root_and_keeps_its_data_in_a_volume() -> None:
