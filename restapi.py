@@ -61,16 +61,8 @@ HTTP_FAMILIES = (
 
 
 def data_file(name: str) -> bytes:
-    """A file that comes with the service: beside this module, in a zip file, too, or in the share/smsproxy of the
-    installation that the module is in."""
-    try:
-        return pkgutil.get_data(__name__, name) or b""
-    except OSError:
-        installed = [parent / "share" / "smsproxy" / name for parent in Path(__file__).resolve().parents]
-        found = next((path for path in installed if path.exists()), None)
-        if found is None:
-            raise
-        return found.read_bytes()
+    """A file that comes with the service, beside this module, in a zip file, too."""
+    return pkgutil.get_data(__name__, name) or b""
 
 
 def page_headers(page: bytes) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import pytest
 
 from http_front import Limits
-from providers import HANG
+from providers import HANG as HANG  # handed on
 from restapi import SmsServer
 from smsproxy import SmsProxy
 

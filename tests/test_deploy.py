@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 
-import main
+import command_line
+import process_control
 import restarts
 from http_front import Limits
 from restarts import HANG, ROOT, Service
@@ -128,64 +129,6 @@ def test_the_single_file_is_a_command_of_its_own(pyz: Path) -> None:
     assert pyz.read_bytes().startswith(b"#!/usr/bin/env python3\n")
 
 
-# Installed
-
-LAYOUTS = {  # where the modules are, relative to the `share` directory's parent
-    "a venv, --user or --prefix": "lib/python3.x/site-packages",
-    "a distribution's Python": "lib/python3/dist-packages",
-    "Windows": "Lib/site-packages",
-    "--target": ".",
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_files_are_found_wherever_an_installation_puts_them(layout: str, tmp_path: Path) -> None:
-    modules, share = tmp_path / "prefix" / LAYOUTS[layout], tmp_path / "prefix" / "share" / "smsproxy"
-    for directory, names in ((modules, ROOT.glob("*.py")), (share, (ROOT / "openapi.json", ROOT / "page.html"))):
-        directory.mkdir(parents=True)
-        for name in names:
-            shutil.copy(name, directory)
-    program = "import restapi, sys; sys.stdout.buffer.write(restapi.data_file('openapi.json') + restapi.data_file('page.html'))"
-    found = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(modules), PYTHONIOENCODING="utf-8")
-    assert (found.stderr, found.stdout) == ("", (ROOT / "openapi.json").read_text() + (ROOT / "page.html").read_text())
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package, built from a copy without the network."""
-    setuptools = pytest.importorskip("setuptools", "77")
-    assert setuptools
-    directory = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".*", "tests", "build", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, directory / "source", ignore=ignored)
-    built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", directory, directory / "source")
-    assert built.returncode == 0, built.stderr
-    return next(directory.glob("smsproxy-*.whl"))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["venv", "target", "prefix", "user"])
-def test_the_installed_command_serves(kind: str, wheel: Path, tmp_path: Path) -> None:
-    if kind == "user" and sys.prefix != sys.base_prefix:
-        pytest.skip("pip refuses --user in a venv")
-    there, python, options = tmp_path / "there", sys.executable, ["--disable-pip-version-check", "--no-deps"]
-    if kind == "venv":
-        assert run(python, "-m", "venv", there).returncode == 0
-        python = str(there / "bin" / "python")
-    else:
-        options += ["--user"] if kind == "user" else [f"--{kind}", str(there)]
-    installed = run(python, "-m", "pip", "install", *options, wheel, PYTHONUSERBASE=str(there))
-    assert installed.returncode == 0, installed.stderr
-    modules = next(there.rglob("restapi.py")).parent
-    # `env` passes what a shell would: where a Python looks that does not know the place by itself.
-    command = ("/usr/bin/env", f"PYTHONPATH={modules}:{ROOT / 'tests'}", str(there / "bin" / "smsproxy"))
-    with restarts.serving(tmp_path, command=command) as service:
-        assert fetch(service.port, "GET", "/openapi.json") == (200, (ROOT / "openapi.json").read_bytes())
-        assert fetch(service.port, "GET", "/") == (200, (ROOT / "page.html").read_bytes())
-        assert fetch(service.port, "POST", "/sms", MESSAGE)[0] == 202
-        assert service.stop() == 0
-
-
 # The socket that outlives the process
 
 
@@ -259,10 +202,10 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
 
 def test_the_unit_fits_the_defaults_of_the_service() -> None:
     unit = settings("smsproxy.service")
-    defaults = {name: default for flags in main.FLAGS.values() for name, _, default, _ in flags}
+    defaults = {name: default for flags in command_line.FLAGS.values() for name, _, default, _ in flags}
     assert (unit["Type"], unit["ExecReload"]) == ("notify", "/bin/kill -HUP $MAINPID")
     assert int(unit["TimeoutStopSec"]) > float(defaults["drain-timeout"] or 0) + 5
-    assert int(unit["LimitNOFILE"]) > int(defaults["max-connections"] or 0) + main.OWN_DESCRIPTORS
+    assert int(unit["LimitNOFILE"]) > int(defaults["max-connections"] or 0) + process_control.OWN_DESCRIPTORS
     assert settings("smsproxy.socket")["ListenStream"] == f"{defaults['host']}:{defaults['port']}"
 
 
@@ -285,7 +228,7 @@ def test_the_unit_starts_nothing_without_a_client() -> None:
 
 def test_the_unit_and_the_image_use_settings_that_exist() -> None:
     text = (DEPLOY / "smsproxy.service").read_text() + (DEPLOY / "Dockerfile").read_text()
-    assert set(re.findall(r"\bSMSPROXY_[A-Z_]+\b", text)) <= main.VARIABLES
+    assert set(re.findall(r"\bSMSPROXY_[A-Z_]+\b", text)) <= command_line.VARIABLES
 
 
 # nginx

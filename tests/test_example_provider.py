@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+import command_line
 import fastsmsing
 import main
 from example_provider.client import HttpClient, make_client
@@ -289,7 +290,7 @@ def test_the_environment_describes_the_client(monkeypatch: pytest.MonkeyPatch) -
     with StandIn() as provider:
         for name, value in (("URL", provider.url), ("TOKEN", "of the environment"), ("READ_TIMEOUT", "2.5")):
             monkeypatch.setenv(f"FASTSMSING_{name}", value)
-        client = main.make_client(main.load("example_provider.client:make_client"))  # as the README says
+        client = main.make_client(command_line.load("example_provider.client:make_client"))  # as the README says
         client.send(batch("a"))
         client.stop()
         assert provider.headers[0]["Authorization"] == "Bearer of the environment"

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-import main
+import command_line
 import restapi
 from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Peer, Response, exchange, raw, request, serving
@@ -585,7 +585,7 @@ def test_the_paths_the_methods_and_what_needs_a_key_are_described(description: D
         described[path] = f"{described.get(path, '')} {method}".strip()
         status = request(guarded, method, path.replace("{id}", "x"), b"{}" if method == "POST" else None)[0]
         assert (path, method, status == 401) == (path, method, bool(operation.get("security")))
-    assert (description.document["openapi"], description.document["info"]["version"]) == ("3.1.0", main.__version__)
+    assert (description.document["openapi"], description.document["info"]["version"]) == ("3.1.0", command_line.__version__)
     assert described == {path.replace("some-id", "{id}"): methods for path, methods in PATHS.items()}
 
 
@@ -612,12 +612,6 @@ def test_every_example_is_as_its_schema_says_and_every_part_is_used(description:
     assert [part for part in parts if f'"{part}"' not in text] == []
 
 
-def test_a_file_is_found_where_an_installation_puts_it_and_fails_the_start_if_it_is_nowhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "share" / "smsproxy").mkdir(parents=True)
-    (tmp_path / "share" / "smsproxy" / "only-there.json").write_bytes(b"{}")
-    monkeypatch.setattr(restapi, "__file__", str(tmp_path / "lib" / "python" / "restapi.py"))
-    assert restapi.data_file("only-there.json") == b"{}"
-    with pytest.raises(OSError):
+def test_a_file_that_is_missing_fails_the_start() -> None:
+    with pytest.raises(FileNotFoundError):
         restapi.data_file("nowhere.json")
