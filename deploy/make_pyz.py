@@ -14,22 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-START = "main"  # the module from which all others are imported
+START = "__main__"  # the module from which all others are imported
 PACKAGES = ("postgres",)  # imported by name, when a setting asks for it
 DATA = ("openapi.json", "page.html", "LICENSE")
-# The one that zipapp writes loses the exit code.
-MAIN = """\
-import signal
-import sys
-
-if sys.version_info < (3, 10):
-    sys.exit("smsproxy needs Python 3.10 or newer")
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports is no traceback
-
-from main import main
-
-sys.exit(main())
-"""
 
 
 def modules(root: Path) -> set[Path]:
@@ -63,7 +50,6 @@ def make(target: Path, root: Path = ROOT) -> None:
             copy = tree / file.relative_to(root)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, copy)
-        (tree / "__main__.py").write_text(MAIN)
         made = Path(directory, "smsproxy.pyz")
         zipapp.create_archive(tree, made, "/usr/bin/env python3", compressed=True)
         made.chmod(0o755)
