@@ -168,15 +168,15 @@ def test_systemd_hands_the_socket_over(tmp_path: Path) -> None:
 
 def test_a_reload_is_told_to_systemd_and_takes_the_new_keys(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("shop old-key\n")
+    keys.write_text("shop the-key-of-before\n")
     with restarts.serving(tmp_path, "--api-keys-file", str(keys), command=MAIN) as service:
-        keys.write_text("shop new-key\n")
+        keys.write_text("shop the-key-of-after\n")
         assert service.process is not None
         service.process.send_signal(signal.SIGHUP)
         service.wait_for("RELOADING=1")
         service.wait_for("READY=1")
         answers = [
-            fetch(service.port, "POST", "/sms", MESSAGE, {"Authorization": f"Bearer {key}"})[0] for key in ("old-key", "new-key")
+            fetch(service.port, "POST", "/sms", MESSAGE, {"Authorization": f"Bearer {key}"})[0] for key in ("the-key-of-before", "the-key-of-after")
         ]
     assert answers == [401, 202]
 
