@@ -27,8 +27,9 @@ __all__ = ["Browser", "Tab", "browser"]
 HANG = 30.0  # seconds after which something has hung; nothing is paced by it
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
 )  # fmt: skip
 KEYS = {"Tab": (9, ""), "Enter": (13, "\r")}  # key code, and what it types
 
