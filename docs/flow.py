@@ -8,7 +8,9 @@ WIDTH, HEIGHT = 920, 400  # pixels
 BOXES = {  # name: x, y, width, height, lines of text
     "shop": (20, 40, 130, 80, ("the shop",)),
     "front": (290, 40, 190, 80, ("HTTP: one loop", "http_front.py", "restapi.py")),
-    "repository": (620, 40, 280, 170, ("repository", "statuses, and the outbox in order", "memory, SQLite file", "or PostgreSQL")),
+    "repository": (
+        620, 40, 280, 170, ("repository", "statuses, and the outbox in order", "memory, SQLite file", "or PostgreSQL"),
+    ),
     "senders": (620, 290, 280, 80, ("senders 1 to 4", "behind one circuit breaker")),
     "provider": (20, 290, 130, 80, ("FastSMSing",)),
     "updater": (290, 170, 190, 60, ("status updater",)),

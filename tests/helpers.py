@@ -93,9 +93,11 @@ def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Itera
 class Child(contextlib.AbstractContextManager["Child"]):
     """The command as a process of its own on a free port; its standard error is read as it comes."""
 
-    def __init__(self, *argv: str, before: tuple[str, ...] = (), path: Path | str = "", **environ: str) -> None:
+    def __init__(
+        self, *argv: str, before: tuple[str, ...] = (), path: Path | str = "", environ: Mapping[str, str] = {}
+    ) -> None:
         command = [*before, sys.executable, str(TESTS.parent / "main.py"), "--port", "0", *argv]
-        env = os.environ | {"PYTHONPATH": f"{path}{os.pathsep if path else ''}{TESTS}"} | environ
+        env = os.environ | {"PYTHONPATH": f"{path}{os.pathsep if path else ''}{TESTS}", **environ}
         self.process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self.log = ""
         self._over = False

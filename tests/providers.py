@@ -1,4 +1,4 @@
-"""Provider doubles; a `main.py` in a process of its own can name them on its command line, so nothing else is imported."""
+"""Provider doubles; the command in a process of its own can name them as its client, so nothing else is imported."""
 from __future__ import annotations
 
 import os

@@ -111,6 +111,9 @@ def test_a_setting_that_is_wrong_unknown_or_gone_is_one_line_that_names_it(
     assert said in line(capsys, argv, environ)
 
 
+NO_DATABASE = "must be a SQLite file (./NAME if the name has a colon or an equals sign) or a postgresql:// URL"
+
+
 @pytest.mark.parametrize(("argv", "said"), [
     ("--port=x", "argument --port: 'x' is not a whole number, 0 to 65535\n"),
     ("--senders=0", "argument --senders: '0' is not a whole number, 1 to 1000000000\n"),
@@ -119,13 +122,13 @@ def test_a_setting_that_is_wrong_unknown_or_gone_is_one_line_that_names_it(
     ("--max-age=0", "argument --max-age: '0' is not a number, more than 0 and at most 1000000000, or none\n"),
     ("--retention=1e12", "argument --retention: '1e12' is not a number, 0 to 1000000000\n"),
     ("--backoff-base=31", "argument --backoff-base: must not be more than --backoff-max\n"),
-    ("--db=mysql://x/y", "argument --db: must be a SQLite file (./NAME if the name has a colon or an equals sign)"
-     " or a postgresql:// URL\n")])  # fmt: skip
+    ("--db=mysql://x/y", f"argument --db: {NO_DATABASE}\n")])  # fmt: skip
 def test_what_is_refused_says_what_would_be_right(argv: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert line(capsys, [argv], {}) == said
 
 
-@pytest.mark.parametrize("db", ["/var/lib/sms.db", "./a=b", "./file:x", "C:\\sms.db", "postgres://x/y", "postgresql://"])
+@pytest.mark.parametrize("db", [
+    "/var/lib/sms.db", "./a=b", "./file:x", "C:\\sms.db", "postgres://x/y", "postgresql://"])  # fmt: skip
 def test_what_can_be_a_database_is_taken(db: str) -> None:
     assert read_settings(["--db", db], {}).db == db
 
@@ -163,8 +166,11 @@ def test_what_kubernetes_adds_for_a_service_of_this_name_is_no_setting() -> None
 
 @pytest.mark.parametrize(("name", "text"), [
     ("SMSPROXY_PORT", "tcp:10"), ("SMSPROXY_SERVICE_HOST", "localhost"), ("SMSPROXY_SERVICE_PORT", "tcp"),
-    ("SMSPROXY_PORT_8080", "tcp://x"), ("SMSPROXY_PROT", "tcp://10.0.0.1:8080"), ("SMSPROXY_HOST_PORT", "80")])  # fmt: skip
-def test_what_only_resembles_a_service_link_is_refused(name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ("SMSPROXY_PORT_8080", "tcp://x"), ("SMSPROXY_PROT", "tcp://10.0.0.1:8080"),
+    ("SMSPROXY_HOST_PORT", "80")])  # fmt: skip
+def test_what_only_resembles_a_service_link_is_refused(
+    name: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     line(capsys, [], {name: text})
 
 

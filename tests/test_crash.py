@@ -35,7 +35,7 @@ RANK = {MessageStatus.ACCEPTED: 0, MessageStatus.CONFIRMED: 1, MessageStatus.FAI
 
 def start(directory: Path) -> Child:
     provider = str(directory / "provider.txt")
-    return Child("--db", str(directory / "sms.db"), *FLAGS, RECORDING_FILE=provider)
+    return Child("--db", str(directory / "sms.db"), *FLAGS, environ={"RECORDING_FILE": provider})
 
 
 @dataclass

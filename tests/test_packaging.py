@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from email.parser import BytesHeaderParser
 from pathlib import Path
 
@@ -18,14 +18,16 @@ from helpers import request
 from restarts import HANG, ROOT
 
 DATA = {"openapi.json", "page.html"}
-LEFT_OUT = shutil.ignore_patterns(".git", ".tox", ".venv", ".*_cache", ".coverage*", "build", "dist", "*.egg-info", "__pycache__")
+LEFT_OUT = (".git", ".tox", ".venv", ".*_cache", ".coverage*", "build", "dist", "*.egg-info", "__pycache__")
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2]))"
 
 
-def run(*command: str | Path, cwd: Path = ROOT, **environ: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path = ROOT, environ: Mapping[str, str] = {}
+) -> subprocess.CompletedProcess[str]:
     """Runs a program to its end, its output taken as text; its environment has no settings of ours."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SMSPROXY_", "PYTHONPATH"))}
-    words, env = [str(word) for word in command], inherited | environ
+    words, env = [str(word) for word in command], {**inherited, **environ}
     return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=10 * HANG, check=False)
 
 
@@ -41,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project in which other things lie around: a client of the shop, and what builds before left."""
     pytest.importorskip("setuptools", "77")
     directory = tmp_path_factory.mktemp("source") / "project"
-    shutil.copytree(ROOT, directory, ignore=LEFT_OUT)
+    shutil.copytree(ROOT, directory, ignore=shutil.ignore_patterns(*LEFT_OUT))
     (directory / "shop_client.py").write_text("import smsproxy\n")
     (directory / "secret_notes.json").write_text("{}")
     for stale in ("main.py", "smsproxy_service/gone_module.py"):
@@ -67,18 +69,20 @@ def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return there
 
 
-def install(wheel: Path, *options: str, python: Path | str = sys.executable, **environ: str) -> None:
+def install(
+    wheel: Path, *options: str, python: Path | str = sys.executable, environ: Mapping[str, str] = {}
+) -> None:
     """Installs the wheel for a Python, which need not have pip."""
     pip = (sys.executable, "-m", "pip", "--python", str(python), "--quiet", "--disable-pip-version-check")
-    done = run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", *options, wheel, **environ)
+    done = run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", *options, wheel, environ=environ)
     assert done.returncode == 0, done.stderr
 
 
 # What is in it
 
 
-def test_everything_lies_in_one_directory_with_what_the_service_imports_and_nothing_that_lies_around(wheel: Path) -> None:
-    modules = {path.name for path in ROOT.glob("*.py")} | {f"postgres/{path.name}" for path in ROOT.glob("postgres/*.py")}
+def test_everything_lies_in_one_directory_and_nothing_that_lies_around_is_there(wheel: Path) -> None:
+    modules = {str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.py"), *ROOT.glob("postgres/*.py"))}
     with zipfile.ZipFile(wheel) as archive:
         names = {tuple(name.split("/", 1)) for name in archive.namelist()}
         metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
@@ -141,19 +145,20 @@ def test_a_foreign_package_of_the_name_postgres_is_not_mistaken_for_ours(how: st
 
 
 def test_a_client_in_the_working_directory_may_have_modules_of_any_names_but_ours(venv: Path, tmp_path: Path) -> None:
-    (tmp_path / "metrics.py").write_text("from fastsmsing import InMemoryClient\n\n\nclass Client(InMemoryClient):\n    pass\n")
+    (tmp_path / "metrics.py").write_text("from fastsmsing import InMemoryClient\nclass Client(InMemoryClient): pass\n")
     checked = run(venv / "bin" / "smsproxy", "--client", "metrics:Client", "--check", cwd=tmp_path)
     assert (checked.returncode, checked.stdout) == (0, "the settings, the client and the database are good\n")
 
 
 @pytest.fixture(params=["target", "prefix", "user"])
-def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path: Path) -> Iterator[tuple[Path, str]]:
+def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path: Path) -> tuple[Path, str]:
     """Where it is installed in other ways, and where Python has to look for it."""
     if request.param == "user" and sys.prefix != sys.base_prefix:
         pytest.skip("pip refuses --user in a virtual environment")
     there = tmp_path / "there"
-    install(wheel, *(["--user"] if request.param == "user" else [f"--{request.param}", str(there)]), PYTHONUSERBASE=str(there))
-    yield there, str(next(there.rglob("smsproxy_service")).parent)
+    options = ["--user"] if request.param == "user" else [f"--{request.param}", str(there)]
+    install(wheel, *options, environ={"PYTHONUSERBASE": str(there)})
+    return there, str(next(there.rglob("smsproxy_service")).parent)
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ to the server named last, of the same round. Linux only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -107,12 +108,13 @@ def load(cell: str, port: int, ids: Sequence[str], seconds: int, pin: Sequence[s
 def measure(name: str, cell: str, options: argparse.Namespace) -> dict[str, float]:
     """One run on a fresh server: requests per second, latency in ms, memory in MiB, errors."""
     pins = [[], []] if options.unpinned else [["taskset", "-c", "0"], ["taskset", "-c", "1"]]
-    with tempfile.TemporaryDirectory(dir=options.dir) as directory:
-        with running(name, pins[0], options.python, directory) as (port, pid):
-            ids = [post(port) for _ in range(50)]
-            load(cell, port, ids, 1, pins[1])  # to warm up
-            result = load(cell, port, ids, options.seconds, pins[1])
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    with contextlib.ExitStack() as undo:
+        directory = undo.enter_context(tempfile.TemporaryDirectory(dir=options.dir))
+        port, pid = undo.enter_context(running(name, pins[0], options.python, directory))
+        ids = [post(port) for _ in range(50)]
+        load(cell, port, ids, 1, pins[1])  # to warm up
+        result = load(cell, port, ids, options.seconds, pins[1])
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return {
         "rate": result["requests"] / result["microseconds"] * 1e6,
         "p50": result["p50"] / 1e3,
@@ -148,7 +150,8 @@ def main() -> None:
                 runs[name].append(measure(name, cell, options))
         for name in names:
             median = {key: statistics.median(run[key] for run in runs[name]) for key in runs[name][0]}
-            ratio = statistics.median(run["rate"] / base["rate"] for run, base in zip(runs[name], runs[names[-1]]))
+            pairs = zip(runs[name], runs[names[-1]], strict=True)
+            ratio = statistics.median(run["rate"] / base["rate"] for run, base in pairs)
             errors = sum(run["errors"] for run in runs[name])
             print(f"| {cell} | {name} | {median['rate']:,.0f} | {ratio:.2f} | {median['p50']:.2f} | {median['p99']:.2f}"
                   f" | {median['memory']:.0f} | {errors:.0f} |", flush=True)  # fmt: skip

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import main  # noqa: E402
-import sqlite_repository  # noqa: E402
+import main
+import sqlite_repository
 
 sqlite_repository.GROUP = 1
 del sqlite_repository.SqliteRepository.save_all  # the messages of a group are then saved one by one
