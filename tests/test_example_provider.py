@@ -347,6 +347,11 @@ def test_the_readmes_client_names_the_messages_that_are_refused() -> None:
         assert client.send([*batch("a"), Message("0048", "Hi", "b")]) == {"b": "no such number"}
 
 
+def test_the_readmes_client_can_be_stopped_before_it_is_used() -> None:  # as --check does
+    with readme() as (_, client):
+        client.stop()
+
+
 def test_the_readmes_client_goes_on_polling_whatever_it_hears() -> None:
     page = {"Reports": [*ODD, {"ID": "a", "Status": "lost in space"}, {"ID": "b", "Status": "sent"}], "Next": "0"}
     bodies = [b"<html>", b"null", b"[]", b"{}", b'{"Reports": 7, "Next": ""}', json.dumps(page).encode()]
