@@ -40,7 +40,7 @@ from process_control import (
     notify,
     passed_socket,
     within,
-)  # fmt: skip
+)
 from restapi import SmsServer
 from smsproxy import (
     InMemoryRepository,
