@@ -104,6 +104,13 @@ def test_a_setting_comes_from_its_flag_or_its_variable_or_is_the_default(name: s
         assert value(read_settings(argv, environ), name) == expected, (argv, environ)
 
 
+@pytest.mark.parametrize(("name", "given"), [
+    ("port", 0), ("port", 65535), ("senders", 1), ("max-connections", 1_000_000_000), ("lease", 3), ("retention", 0),
+    ("drain-timeout", 1e9), ("backoff-base", 30)])  # fmt: skip
+def test_a_bound_itself_is_allowed(name: str, given: float) -> None:
+    assert value(read_settings([f"--{name}={given:.0f}"], {}), name) == given
+
+
 @pytest.mark.parametrize(("argv", "environ", "said"), REFUSED)
 def test_a_setting_that_is_wrong_unknown_or_gone_is_one_line_that_names_it(
     argv: list[str], environ: dict[str, str], said: str, capsys: pytest.CaptureFixture[str]
