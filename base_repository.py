@@ -1,30 +1,54 @@
-"""What every repository offers: statuses and the outbox, whatever keeps them."""
+"""What every repository offers: the statuses of messages and the outbox, wherever they are kept."""
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from fastsmsing import Message
 from message_model import Batch, Entry, MessageStatus, Reason
 
-__all__ = ["FORGET_STEP", "RETENTION", "Claim", "Repository", "time_to_claim"]
+__all__ = ["ALMOST", "EXPIRE_STEP", "FORGET_STEP", "RETENTION", "Ages", "Claim", "Repository", "look"]
 
 RETENTION = 3 * 24 * 3600.0  # seconds
 FORGET_STEP = 500  # messages forgotten at a time: some ten microseconds to a millisecond
+EXPIRE_STEP = 500  # messages that expire at a time
+ALMOST = 1e-6  # seconds; what is due so soon is due now, since shorter waits may be lost in rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a look into the outbox found.
-
-    `waiting`: how many unclaimed messages remain, as far as the repository looked. `wait`: seconds until
-    the oldest of them is due; None when only another message can make a batch leave.
-    """
+    """What a look into the outbox found: a batch, or when there will be one."""
 
     batch: Batch | None = None
-    waiting: int = 0
-    wait: float | None = None
+    waiting: int = 0  # unclaimed messages that remain; 0 only if there are none
+    due_in: float = math.inf  # seconds until the first of them is due
+    full_in: float = math.inf  # seconds until the `size`-th of them comes within the horizon
+    near: int = 0  # how many of them are due within the horizon, `size` at the most
+
+
+class Ages(NamedTuple):
+    """Of the messages in the outbox, in seconds; 0.0 for none."""
+
+    oldest: float = 0.0  # since the oldest was accepted
+    past_due: float = 0.0  # since the first was due
+
+
+def look(dues: Sequence[float], now: float, size: int, horizon: float, waiting: int, flush: bool = False) -> Claim | None:
+    """The rule of every claim: None when a batch leaves now, else when one will.
+
+    `dues`: when the first messages that wait are due, in order, `size` of them or all. `now` is on the same clock.
+    A batch leaves when the first message is due; or when `size` messages are due within the horizon; or at a stop.
+    """
+    if dues and (flush or dues[0] - now <= ALMOST):
+        return None
+    near = len(dues) if horizon == math.inf else sum(due - now - horizon <= ALMOST for due in dues)
+    if near >= size:
+        return None
+    full_in = dues[size - 1] - now - horizon if len(dues) >= size else math.inf
+    return Claim(None, waiting, dues[0] - now if dues else math.inf, full_in, near)
 
 
 class Repository(abc.ABC):
@@ -32,8 +56,8 @@ class Repository(abc.ABC):
 
     Implementations differ in where they keep things and in nothing that callers can see. Any method
     may raise `RepositoryUnavailableError`, and then has changed nothing. A message is in the outbox
-    from `save_all` until it is handed over, or an update says what became of it. What is not in the
-    outbox is forgotten `retention` seconds after its last change (0: never).
+    from `save_all` until it is handed over, or an update says what became of it; there it waits, or is
+    claimed. What is not in the outbox is forgotten `retention` seconds after its last change (0: never).
     """
 
     blocking = False  # whether methods may wait for a disk or a network: keep them off the serving thread
@@ -45,7 +69,8 @@ class Repository(abc.ABC):
         """Stores each entry as `ACCEPTED` and puts it into the outbox, all in one step.
 
         Returns for each, in order, None or why it is not stored: `DuplicateMessageError`, or
-        `OverloadedError` when the outbox already holds `max_pending` messages.
+        `OverloadedError` when the outbox already holds `max_pending` messages. Due times and expiry count from
+        the acceptance and outlive a restart.
         """
 
     @abc.abstractmethod
@@ -61,36 +86,62 @@ class Repository(abc.ABC):
         """Applies the updates in one step; returns why some could not be. What is updated leaves the outbox."""
 
     @abc.abstractmethod
-    def claim(self, size: int, max_delay: float | None) -> Claim:
-        """Takes the next batch, in order of acceptance, or tells when there will be one, in one step.
+    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
+        """Takes the next batch, in order of due and then of acceptance, or tells when there will be one, in one step.
 
-        A batch may leave when `size` messages wait or the oldest has waited `max_delay` seconds (None:
-        for ever), and then holds up to `size` messages. Nobody else gets a claimed message before it is
-        released.
+        A batch may leave when the first message that waits is due, or when `size` of them are due within
+        `horizon` seconds, or when any waits and `flush` is set; it then holds up to `size` messages. Nobody
+        else gets a claimed message before it is released. Its price grows neither with what waits nor with what
+        is claimed.
         """
 
     @abc.abstractmethod
     def release(self, batch: Batch) -> None:
-        """Puts claimed messages back to the front of the outbox."""
+        """Puts claimed messages back into the outbox, each at its place; the batch may be a part of a claimed one."""
+
+    @abc.abstractmethod
+    def unsent(self, batch: Batch) -> Batch:
+        """The part of a claimed batch that is still to be sent: in the outbox, and this process's. May block."""
 
     @abc.abstractmethod
     def handed_over(self, batch: Batch) -> None:
         """Takes messages that FastSMSing took out of the outbox, and erases their numbers and texts."""
 
     @abc.abstractmethod
+    def cancel(self, message_id: str) -> bool:
+        """Makes a message that waits `FAILED` as cancelled, so that it is never sent; atomic against a claim.
+
+        Returns whether it is cancelled, now or before; False for a message that is claimed, handed over, final
+        or unknown.
+        """
+
+    @abc.abstractmethod
+    def expire(self) -> tuple[list[str], float]:
+        """Makes a few messages that wait longer than their `max_age` `FAILED` as expired.
+
+        Returns their IDs, and the seconds until it is worth calling again: 0 when there may be more, infinity
+        when nothing that waits expires.
+        """
+
+    @abc.abstractmethod
     def backlog(self) -> int:
         """How many messages are in the outbox, claimed ones included."""
 
     @abc.abstractmethod
-    def oldest(self) -> float | None:
-        """Seconds since the oldest message in the outbox was accepted; None when it is empty."""
+    def ages(self) -> Ages:
+        """How old the messages in the outbox are, claimed ones included."""
 
     @abc.abstractmethod
     def forget(self) -> float | None:
-        """Forgets a few messages that are due; returns the seconds until it is to be called again, None for never."""
+        """Forgets a few messages whose retention is over; returns the seconds until it is to be called again, None
+        for never."""
+
+    @abc.abstractmethod
+    def hasten(self, max_delay: float) -> None:
+        """At a start: brings forward what lingers by default, and longer than this, since an earlier default was longer."""
 
     def holds(self, batch: Batch) -> bool:
-        """Whether the batch is still this process's to send. Never blocks."""
+        """Whether the batch is still this process's to send, as far as it knows. Never blocks."""
         return True
 
     def size(self) -> int:
@@ -116,12 +167,3 @@ class Repository(abc.ABC):
         """Raises `UnknownMessageError` or `StatusTransitionError`, and then changes nothing."""
         for error in self.update_all({message_id: status}).values():
             raise error
-
-
-def time_to_claim(waiting: int, size: int, age: float, max_delay: float | None) -> float | None:
-    """Seconds until a batch may leave, 0 for now, when the oldest of `waiting` messages is so old."""
-    if waiting >= size:
-        return 0.0
-    if max_delay is None or not waiting:
-        return None
-    return max_delay - age if max_delay - age > 1e-6 else 0.0  # shorter waits may be lost in rounding

@@ -1,20 +1,124 @@
 """The repository in memory: nothing blocks, and a restart loses it."""
 from __future__ import annotations
 
-import itertools
+import heapq
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from base_repository import FORGET_STEP, RETENTION, Claim, Repository, time_to_claim
+from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository, look
 from message_model import (
     STATUS_OF, TRANSITIONS, Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, SmsProxyError,
     check_transition,
 )  # fmt: skip
 
 __all__ = ["InMemoryRepository"]
+
+SPARE = 1_000  # entries that may be left over before a queue is made anew without them
+
+Record = tuple[MessageStatus, Reason | None, float]  # the last is the time to forget it
+
+
+class _Outbox:
+    """The messages in the outbox, and the order in which they are due. Not thread-safe.
+
+    Where lingers are equal, each message is due after those before it, so it is appended to `_sorted`. What is due
+    earlier goes to the heap. Both may hold entries that have left; they are skipped, and now and then removed.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}  # by ID, in order of acceptance
+        self.claimed: dict[str, Entry] = {}
+        self._places = 0
+        self._sorted: deque[Entry] = deque()
+        self._earlier: list[tuple[float, int, Entry]] = []  # a heap
+        self._expiring: list[tuple[float, int, Entry]] = []  # a heap of what waits and has a `max_age`
+
+    @property
+    def waiting(self) -> int:
+        """How many are in no batch."""
+        return len(self.entries) - len(self.claimed)
+
+    def add(self, entry: Entry) -> None:
+        """A new message."""
+        self._places += 1
+        entry.place = self._places
+        self.entries[entry.message.message_id] = entry
+        if self._sorted and entry.due < self._sorted[-1].due:
+            heapq.heappush(self._earlier, (entry.due, entry.place, entry))
+        else:
+            self._sorted.append(entry)
+        if entry.expires_at != math.inf:
+            heapq.heappush(self._expiring, (entry.expires_at, entry.place, entry))
+
+    def hasten(self, max_delay: float) -> None:
+        """See `Repository`."""
+        for entry in self.entries.values():
+            if entry.default_linger:
+                entry.due = min(entry.due, entry.accepted_at + max_delay)
+        waiting = filter(self.waits, self.entries.values())
+        self._sorted, self._earlier = deque(sorted(waiting, key=lambda entry: (entry.due, entry.place))), []
+
+    def release(self, entry: Entry) -> None:
+        """A claimed message waits again."""
+        del self.claimed[entry.message.message_id]
+        heapq.heappush(self._earlier, (entry.due, entry.place, entry))
+        if entry.expires_at != math.inf:
+            heapq.heappush(self._expiring, (entry.expires_at, entry.place, entry))
+
+    def remove(self, message_id: str) -> None:
+        """A message leaves the outbox."""
+        del self.entries[message_id]
+        self.claimed.pop(message_id, None)
+        self._tidy()
+
+    def waits(self, entry: Entry) -> bool:
+        """Whether this very entry is in the outbox and in no batch."""
+        message_id = entry.message.message_id
+        return self.entries.get(message_id) is entry and message_id not in self.claimed
+
+    def take(self, most: int) -> list[Entry]:
+        """The first messages that wait, in order; `claim` them or `put_back` all of them."""
+        taken: list[Entry] = []
+        in_order, earlier = self._sorted, self._earlier
+        while len(taken) < most and (in_order or earlier):
+            if earlier and (not in_order or earlier[0][:2] < (in_order[0].due, in_order[0].place)):
+                entry = heapq.heappop(earlier)[2]
+            else:
+                entry = in_order.popleft()
+            if self.waits(entry):
+                taken.append(entry)
+        return taken
+
+    def put_back(self, taken: Sequence[Entry]) -> None:
+        """What `take` returned. It comes before everything else, so `_sorted` stays sorted."""
+        self._sorted.extendleft(reversed(taken))
+
+    def claim(self, taken: Sequence[Entry]) -> None:
+        """What `take` returned is in a batch."""
+        self.claimed.update((entry.message.message_id, entry) for entry in taken)
+
+    def expired(self, now: float) -> tuple[list[str], float]:
+        """The first messages that wait and are past their expiry, and when the next one is."""
+        found: list[str] = []
+        expiring = self._expiring
+        while expiring and (len(found) < EXPIRE_STEP) and (expiring[0][0] <= now or not self.waits(expiring[0][2])):
+            entry = heapq.heappop(expiring)[2]
+            if self.waits(entry):
+                found.append(entry.message.message_id)
+        return found, expiring[0][0] if expiring else math.inf
+
+    def _tidy(self) -> None:
+        """Removes what has left, once it is more than half: it would keep the texts of cancelled messages."""
+        if len(self._sorted) + len(self._earlier) > 2 * self.waiting + SPARE:
+            self._sorted = deque(filter(self.waits, self._sorted))
+            self._earlier = [each for each in self._earlier if self.waits(each[2])]
+            heapq.heapify(self._earlier)
+        if len(self._expiring) > 2 * self.waiting + SPARE:
+            self._expiring[:] = [each for each in self._expiring if self.waits(each[2])]
+            heapq.heapify(self._expiring)
 
 
 class InMemoryRepository(Repository):
@@ -26,35 +130,34 @@ class InMemoryRepository(Repository):
     def __init__(self, retention: float = RETENTION, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._retention, self._clock = retention, clock
         self._lock = threading.Lock()  # guards everything below
-        # Status, reason and time to forget. Messages that changed to the same status within retention / 1000
-        # share one tuple: a tuple for each would cost more memory than its status does.
-        self._records: dict[str, tuple[MessageStatus, Reason | None, float]] = {}
+        # Messages that changed to the same status within retention / 1000 share one record: one for each would cost
+        # more memory than its status does.
+        self._records: dict[str, Record] = {}
         self._fingerprints: dict[str, bytes] = {}
-        self._waiting: deque[Entry] = deque()
-        self._claimed: dict[str, Entry] = {}
+        self._outbox = _Outbox()
         self._slices: deque[tuple[float, list[str]]] = deque()  # time to forget, IDs changed in one slice of time
         self._slice_end = -math.inf
-        self._shared: dict[MessageStatus | Reason, tuple[MessageStatus, Reason | None, float]] = {}
+        self._shared: dict[MessageStatus | Reason, Record] = {}
 
     def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
         """See `Repository`."""
         with self._lock:
-            now, limit = self._clock(), math.inf if max_pending is None else max_pending
+            now, limit, outbox = self._clock(), math.inf if max_pending is None else max_pending, self._outbox
             errors: list[Exception | None] = []
             for entry in entries:
                 message_id = entry.message.message_id
                 record = self._records.get(message_id)
                 if record is not None and record[2] > now:
                     errors.append(DuplicateMessageError(message_id, self._fingerprints.get(message_id)))
-                elif len(self._waiting) + len(self._claimed) >= limit:
+                elif len(outbox.entries) >= limit:
                     errors.append(OverloadedError("too many messages are pending"))
                 else:
-                    entry.accepted_at = now
+                    entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
                     self._records[message_id] = _IN_OUTBOX
-                    self._waiting.append(entry)
+                    outbox.add(entry)
                     if entry.fingerprint is not None:
                         self._fingerprints[message_id] = entry.fingerprint
-                    elif record is not None:  # it is due and not forgotten yet
+                    elif record is not None:  # its time is over and it is not forgotten yet
                         self._fingerprints.pop(message_id, None)
                     errors.append(None)
             return errors
@@ -81,30 +184,36 @@ class InMemoryRepository(Repository):
                     if STATUS_OF[update] not in TRANSITIONS[current]:
                         check_transition(message_id, current, STATUS_OF[update])
                     if record is _IN_OUTBOX:
-                        self._leave_outbox(message_id)
+                        self._outbox.remove(message_id)
                     self._change(message_id, update, now)
                 except SmsProxyError as error:
                     failures[message_id] = error
         return failures
 
-    def claim(self, size: int, max_delay: float | None) -> Claim:
+    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
         """See `Repository`."""
         with self._lock:
-            waiting = len(self._waiting)
-            age = self._clock() - self._waiting[0].accepted_at if waiting else 0.0
-            wait = time_to_claim(waiting, size, age, max_delay)
-            if wait != 0.0:
-                return Claim(None, waiting, wait)
-            taken = tuple([self._waiting.popleft() for _ in range(min(size, waiting))])
-            self._claimed.update((entry.message.message_id, entry) for entry in taken)
-            return Claim(Batch(taken), waiting - len(taken))
+            outbox = self._outbox
+            taken = outbox.take(size)
+            dues = [entry.due for entry in taken]
+            found = look(dues, self._clock(), size, horizon, outbox.waiting, flush)
+            if found is not None:
+                outbox.put_back(taken)
+                return found
+            outbox.claim(taken)
+            return Claim(Batch(tuple(taken)), outbox.waiting)
 
     def release(self, batch: Batch) -> None:
         """See `Repository`."""
         with self._lock:
-            for entry in reversed(batch.entries):
-                if self._claimed.pop(entry.message.message_id, None):  # otherwise it was reported on meanwhile
-                    self._waiting.appendleft(entry)
+            for entry in self._unsent(batch):
+                self._outbox.release(entry)
+
+    def unsent(self, batch: Batch) -> Batch:
+        """See `Repository`."""
+        with self._lock:
+            left = self._unsent(batch)
+        return batch if len(left) == len(batch) else batch.only(left.__contains__)
 
     def handed_over(self, batch: Batch) -> None:
         """See `Repository`."""
@@ -112,18 +221,47 @@ class InMemoryRepository(Repository):
             now = self._clock()
             for message_id in batch.ids:
                 if self._records.get(message_id) is _IN_OUTBOX:
-                    self._leave_outbox(message_id)
+                    self._outbox.remove(message_id)
                     self._change(message_id, MessageStatus.ACCEPTED, now)
+
+    def cancel(self, message_id: str) -> bool:
+        """See `Repository`."""
+        with self._lock:
+            now, entry = self._clock(), self._outbox.entries.get(message_id)
+            if entry is not None and self._outbox.waits(entry):
+                self._outbox.remove(message_id)
+                self._change(message_id, Reason.CANCELLED, now)
+        return self.reason(message_id) is Reason.CANCELLED
+
+    def expire(self) -> tuple[list[str], float]:
+        """See `Repository`."""
+        with self._lock:
+            now = self._clock()
+            expired, following = self._outbox.expired(now)
+            for message_id in expired:
+                self._outbox.remove(message_id)
+                self._change(message_id, Reason.EXPIRED, now)
+            return expired, max(0.0, following - now)
+
+    def hasten(self, max_delay: float) -> None:
+        """See `Repository`."""
+        with self._lock:
+            self._outbox.hasten(max_delay)
 
     def backlog(self) -> int:
         """See `Repository`."""
-        return len(self._waiting) + len(self._claimed)
+        return len(self._outbox.entries)
 
-    def oldest(self) -> float | None:
+    def ages(self) -> Ages:
         """See `Repository`."""
         with self._lock:
-            entries = [*self._claimed.values(), *itertools.islice(self._waiting, 1)]
-            return self._clock() - min(entry.accepted_at for entry in entries) if entries else None
+            outbox, now = self._outbox, self._clock()
+            if not outbox.entries:
+                return Ages()
+            first = outbox.take(1)
+            outbox.put_back(first)
+            due = min(entry.due for entry in (*first, *outbox.claimed.values()))
+            return Ages(now - next(iter(outbox.entries.values())).accepted_at, max(0.0, now - due))
 
     def forget(self) -> float | None:
         """See `Repository`."""
@@ -144,9 +282,10 @@ class InMemoryRepository(Repository):
                 return None
             return max(0.0, slices[0][0] - now) if slices else self._retention
 
-    def _leave_outbox(self, message_id: str) -> None:
-        if self._claimed.pop(message_id, None) is None:  # nobody sent it, so this is rare and may search
-            self._waiting.remove(next(entry for entry in self._waiting if entry.message.message_id == message_id))
+    def _unsent(self, batch: Batch) -> list[Entry]:
+        """What of the batch is still claimed; an entry is compared as an object."""
+        claimed = self._outbox.claimed
+        return [entry for entry in batch.entries if claimed.get(entry.message.message_id) is entry]
 
     def _change(self, message_id: str, update: MessageStatus | Reason, now: float) -> None:
         """Records a message that is not in the outbox any more."""
@@ -165,4 +304,4 @@ class InMemoryRepository(Repository):
         self._records[message_id] = record
 
 
-_IN_OUTBOX = (MessageStatus.ACCEPTED, None, math.inf)
+_IN_OUTBOX: Record = (MessageStatus.ACCEPTED, None, math.inf)

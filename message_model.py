@@ -1,6 +1,7 @@
-"""What the service speaks of: errors, statuses and their transitions, messages and batches. No I/O, no threads."""
+"""What the service speaks of: errors, statuses and their transitions, messages and batches. Values only."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -18,6 +19,7 @@ __all__ = [
 
 LONGEST_MESSAGE = 1_600  # code points: ten concatenated parts, as most providers limit it
 LONGEST_NUMBER = 15  # digits (ITU-T E.164)
+LONGEST_TIME = 604_800.0  # seconds, a week: no MaxDelay and no MaxAge is longer
 
 
 # Errors
@@ -89,7 +91,8 @@ class Reason(str, Enum):
 
     REJECTED = "rejected"  # FastSMSing refuses it
     ATTEMPTS = "attempts"  # all attempts are used
-    EXPIRED = "expired"  # older than `max_age`
+    EXPIRED = "expired"  # older than its `max_age`
+    CANCELLED = "cancelled"  # the caller does not want it sent any more
 
 
 FINAL_STATUSES = frozenset({MessageStatus.FAILED, MessageStatus.DELIVERED})
@@ -132,10 +135,16 @@ def map_to_internal_status(status: object) -> MessageStatus:
 
 @dataclass(frozen=True, slots=True)
 class SendMessage:
-    """What a caller wants sent. Its `repr` shows nothing, so that logs stay private."""
+    """What a caller wants sent. Its `repr` shows nothing of it, so that logs stay private.
+
+    `max_delay`: seconds that it may linger for a batch. `max_age`: seconds after which it is not sent any more.
+    None: the service's default.
+    """
 
     phone_number: str = field(repr=False)
     message: str = field(repr=False)
+    max_delay: float | None = None
+    max_age: float | None = None
 
     def validate(self) -> None:
         """Raises `ValidationError` unless this can be sent. The values may be of any type."""
@@ -150,10 +159,18 @@ class SendMessage:
             text.encode()
         except UnicodeEncodeError:  # could not be sent on
             raise ValidationError("message", "must not contain lone surrogates") from None
+        if self.max_delay is not None and not _is_time(self.max_delay):
+            raise ValidationError("max_delay", f"must be a number of seconds from 0 to {LONGEST_TIME:,.0f}")
+        if self.max_age is not None and not (_is_time(self.max_age) and self.max_age > 0):
+            raise ValidationError("max_age", f"must be a number of seconds, more than 0 and at most {LONGEST_TIME:,.0f}")
 
     def to_message(self, message_id: str) -> Message:
         """The message as FastSMSing gets it."""
         return Message(self.phone_number, self.message, message_id)
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LONGEST_TIME
 
 
 def _problem(value: object, longest: int) -> str:
@@ -171,21 +188,26 @@ class SendingResult:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A message in the outbox. `fingerprint` comes with an idempotency key and tells a repeat from a misuse.
+    """A message in the outbox. Not frozen, because the repository sets the times when it saves or claims the entry.
 
-    The repository sets `accepted_at` when it saves or claims the entry: seconds on this process's
-    monotonic clock, so that the age of a message is the same everywhere and no jump of the wall clock
-    changes it. Not frozen for that reason alone.
+    These are seconds on this process's monotonic clock, so that the age of a message is the same everywhere and no
+    jump of the wall clock changes it.
     """
 
     message: Message
-    fingerprint: bytes | None = None
+    fingerprint: bytes | None = None  # comes with an idempotency key and tells a repeat from a misuse
+    linger: float = 0.0  # seconds from acceptance until it is due; infinity: only a full batch or a stop takes it
+    default_linger: bool = False  # the caller said no `max_delay`: a start with a shorter default brings it forward
+    max_age: float = math.inf  # seconds from acceptance until it expires
     accepted_at: float = 0.0
+    due: float = 0.0  # the batch that it is in leaves now, full or not
+    expires_at: float = math.inf  # it is not sent any more
+    place: int = 0  # in the order of acceptance; the repository's own
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Entries claimed together, oldest first. `lease` is the repository's own; parts of a batch share it."""
+    """Entries claimed together, in order of due. `lease` is the repository's own; parts of a batch share it."""
 
     entries: tuple[Entry, ...]
     lease: Any = None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from base_repository import FORGET_STEP, RETENTION, Claim, Repository, time_to_claim
+from base_repository import FORGET_STEP, RETENTION, Claim, Repository
 from batch_scheduler import SmsProxyConfig
 from batching_client import CircuitBreaker, SimpleBatchingClient
 from client_statistics import ClientStatistics, Statistics
@@ -36,7 +36,7 @@ __all__ = [
     "MessageStatus", "Metrics", "OverloadedError", "RETENTION", "Reason", "Repository", "RepositoryUnavailableError",
     "STATUS_OF", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy", "SmsProxyConfig", "SmsProxyError",
     "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater", "TRANSITIONS", "UnknownMessageError",
-    "UnknownStatusError", "ValidationError", "check_transition", "describe", "map_to_internal_status", "time_to_claim",
+    "UnknownStatusError", "ValidationError", "check_transition", "describe", "map_to_internal_status",
 ]  # fmt: skip
 
 log = logging.getLogger("smsproxy")

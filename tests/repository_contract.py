@@ -1,18 +1,20 @@
 """What every repository has to do, whatever it keeps its things in. Subclasses say how to make one and how time passes."""
 from __future__ import annotations
 
+import math
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from fastsmsing import Message
 from helpers import HANG
-from smsproxy import (
-    TRANSITIONS, Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, Repository,
-    StatusTransitionError, UnknownMessageError,
+from base_repository import Claim, Repository
+from message_model import (
+    TRANSITIONS, Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, StatusTransitionError,
+    UnknownMessageError,
 )  # fmt: skip
 
 RETENTION = 100.0  # seconds
@@ -26,8 +28,15 @@ def name(number: int) -> str:
     return ID.format(number)
 
 
-def entry(number: int = 0, content: str = "Hi", fingerprint: bytes | None = None) -> Entry:
-    return Entry(Message("48123456789", content, name(number)), fingerprint)
+def entry(
+    number: int = 0, content: str = "Hi", fingerprint: bytes | None = None, *, linger: float = 0.0,
+    default: bool = False, max_age: float = math.inf,
+) -> Entry:  # fmt: skip
+    return Entry(Message("48123456789", content, name(number)), fingerprint, linger, default, max_age)
+
+
+def entries(numbers: Iterable[int], linger: float = 0.0) -> list[Entry]:
+    return [entry(number, linger=linger) for number in numbers]
 
 
 class RepositoryContract:
@@ -82,7 +91,7 @@ class RepositoryContract:
     @pytest.mark.parametrize("content", CONTENTS)
     def test_content_arrives_unchanged(self, repository: Repository, content: str) -> None:
         repository.save_all([entry(1, content)])
-        batch = repository.claim(1, None).batch
+        batch = repository.claim(1, 0.0).batch
         assert batch is not None
         assert [each.message for each in batch.entries] == [Message("48123456789", content, name(1))]
 
@@ -143,53 +152,98 @@ class RepositoryContract:
     # Claiming
 
     def test_a_full_batch_is_claimed_in_order_and_the_rest_has_to_wait(self, repository: Repository) -> None:
-        repository.save_all([entry(number) for number in range(25)])
+        repository.save_all(entries(range(25), linger=50.0))
         for start in (0, 10):
             claim = repository.claim(10, 50.0)
             assert self.numbers(claim.batch) == list(range(start, start + 10))
             assert claim.waiting > 0  # somebody has to look after them
         claim = repository.claim(10, 50.0)
-        assert (claim.batch, claim.waiting) == (None, 5)
-        assert claim.wait == pytest.approx(50.0, abs=2.0)
+        assert (claim.batch, claim.waiting, claim.near, claim.full_in) == (None, 5, 5, math.inf)
+        assert claim.due_in == pytest.approx(50.0, abs=2.0)
         assert repository.backlog() == 25
 
     @pytest.mark.parametrize("size", [sys.maxsize, 2**70])
     def test_all_that_waits_can_be_claimed_at_once(self, repository: Repository, size: int) -> None:
-        repository.save_all([entry(number) for number in range(250)])
+        repository.save_all(entries(range(250)))
         assert self.numbers(repository.claim(size, 0.0).batch) == list(range(250))
 
-    def test_a_batch_is_due_when_its_oldest_message_is(self, repository: Repository, age: Callable[[float], None]) -> None:
-        repository.save_all([entry(1)])
+    def test_a_batch_leaves_when_its_first_message_is_due(self, repository: Repository, age: Callable[[float], None]) -> None:
+        repository.save_all([entry(1, linger=50.0)])
         age(30.0)
-        repository.save_all([entry(2)])
+        repository.save_all([entry(2, linger=50.0)])
         claim = repository.claim(10, 50.0)
-        assert claim.batch is None and claim.wait == pytest.approx(20.0, abs=2.0)
-        assert repository.oldest() == pytest.approx(30.0, abs=2.0)
+        assert claim.batch is None and claim.due_in == pytest.approx(20.0, abs=2.0)
         age(21.0)
         assert self.numbers(repository.claim(10, 50.0).batch) == [1, 2]
 
-    def test_without_a_linger_only_a_full_batch_leaves(self, repository: Repository, age: Callable[[float], None]) -> None:
-        repository.save_all([entry(1)])
+    def test_what_is_due_first_leaves_first_whenever_it_was_accepted(self, repository: Repository) -> None:
+        repository.save_all([entry(1, linger=900.0), entry(2, linger=300.0), entry(3, linger=900.0)])
+        repository.save_all([entry(4, linger=600.0), entry(5), entry(6, linger=300.0), entry(7, linger=math.inf)])
+        assert self.numbers(repository.claim(3, 0.0).batch) == [5, 2, 6]
+        repository.save_all([entry(8)])
+        assert self.numbers(repository.claim(3, 0.0).batch) == [8, 4, 1]
+        repository.save_all([entry(9)])
+        assert self.numbers(repository.claim(9, 0.0).batch) == [9, 3, 7]
+
+    def test_only_what_is_due_within_the_horizon_makes_a_batch_full(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
+        repository.save_all([*entries(range(2), linger=60.0), *entries(range(2, 5), linger=1000.0)])
+        claim = repository.claim(3, 100.0)
+        assert (claim.batch, claim.waiting, claim.near) == (None, 5, 2)
+        assert (claim.due_in, claim.full_in) == (pytest.approx(60.0, abs=2.0), pytest.approx(900.0, abs=2.0))
+        assert self.numbers(repository.claim(3, 1010.0).batch) == [0, 1, 2]
+        age(950.0)
+        assert repository.claim(3, 1010.0).batch is None
+        assert self.numbers(repository.claim(2, 100.0).batch) == [3, 4]
+
+    def test_what_is_never_due_leaves_in_a_full_batch_or_when_all_is_flushed(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
+        repository.save_all([entry(1, linger=math.inf)])
         age(1e6)
-        claim = repository.claim(2, None)
-        assert (claim.batch, claim.waiting, claim.wait) == (None, 1, None)
-        repository.save_all([entry(2)])
-        assert self.numbers(repository.claim(2, None).batch) == [1, 2]
+        claim = repository.claim(2, math.inf)
+        assert (claim.batch, claim.waiting, claim.due_in, claim.full_in, claim.near) == (None, 1, math.inf, math.inf, 1)
+        repository.save_all([entry(2, linger=math.inf)])
+        assert repository.claim(2, 1e6).batch is None
+        assert self.numbers(repository.claim(2, math.inf).batch) == [1, 2]
+        repository.save_all([entry(3, linger=math.inf)])
+        assert self.numbers(repository.claim(2, 0.0, flush=True).batch) == [3]
 
     def test_an_empty_outbox_has_nothing_to_claim(self, repository: Repository) -> None:
-        claim = repository.claim(1, 0.0)
-        assert (claim.batch, claim.waiting, claim.wait) == (None, 0, None)
-        assert (repository.backlog(), repository.oldest()) == (0, None)
+        for flush in (False, True):
+            assert repository.claim(1, math.inf, flush=flush) == Claim()
+        assert (repository.backlog(), repository.ages()) == (0, (0.0, 0.0))
 
-    def test_a_claimed_message_knows_its_age(self, repository: Repository, age: Callable[[float], None]) -> None:
-        repository.save_all([entry(1)])
+    def test_what_lingered_by_default_is_brought_forward(self, repository: Repository) -> None:
+        repository.save_all([entry(1, linger=900.0), entry(2, linger=900.0, default=True)])
+        repository.save_all([entry(3, linger=math.inf, default=True), entry(4, linger=5.0, default=True)])
+        repository.hasten(60.0)
+        assert repository.claim(9, 0.0).due_in == pytest.approx(5.0, abs=2.0)
+        assert self.numbers(repository.claim(9, 0.0, flush=True).batch) == [4, 2, 3, 1]
+
+    def test_the_outbox_knows_its_oldest_message_and_the_one_that_is_longest_past_due(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
+        repository.save_all([entry(1, linger=900.0)])
+        age(50.0)
+        assert repository.ages() == (pytest.approx(50.0, abs=2.0), 0.0)
+        repository.save_all([entry(2, linger=10.0)])
+        age(30.0)
+        assert repository.ages() == (pytest.approx(80.0, abs=2.0), pytest.approx(20.0, abs=2.0))
+        assert self.numbers(repository.claim(1, 0.0).batch) == [2]
+        assert repository.ages() == (pytest.approx(80.0, abs=2.0), pytest.approx(20.0, abs=2.0))  # claimed ones count
+
+    def test_a_claimed_message_knows_its_times(self, repository: Repository, age: Callable[[float], None]) -> None:
+        repository.save_all([entry(1, max_age=700.0)])
         age(40.0)
-        repository.save_all([entry(2)])
-        batch = repository.claim(2, None).batch
+        repository.save_all([entry(2, linger=5.0)])
+        batch = repository.claim(2, 0.0).batch
         assert batch is not None
-        assert repository.oldest() == pytest.approx(40.0, abs=2.0)  # claimed ones count
         older, newer = batch.entries
         assert newer.accepted_at - older.accepted_at == pytest.approx(40.0, abs=2.0)
+        assert (newer.due - older.due, newer.expires_at) == (pytest.approx(45.0, abs=2.0), math.inf)
+        assert older.expires_at - older.accepted_at == pytest.approx(700.0, abs=2.0)
 
     def test_released_messages_are_claimed_first_in_order(self, repository: Repository) -> None:
         repository.save_all([entry(number) for number in range(9)])
@@ -199,6 +253,28 @@ class RepositoryContract:
         repository.release(first)
         assert self.numbers(repository.claim(5, 0.0).batch) == [0, 1, 2, 3, 4]
         assert self.numbers(repository.claim(5, 0.0).batch) == [5, 6, 7, 8]
+
+    def test_riders_go_back_to_their_places_and_ride_with_another_batch(self, repository: Repository) -> None:
+        repository.save_all([entry(1), entry(2, linger=900.0), entry(3, linger=600.0), entry(4, linger=900.0)])
+        batch = repository.claim(4, 0.0).batch
+        assert batch is not None
+        repository.release(batch.only(lambda each: each.linger > 0 or each.message.message_id != name(1)))
+        assert repository.claim(4, 0.0).due_in == pytest.approx(600.0, abs=2.0)
+        assert repository.cancel(name(2)) and not repository.cancel(name(1))
+        repository.save_all([entry(5)])
+        assert self.numbers(repository.claim(4, 0.0).batch) == [5, 3, 4]
+
+    def test_what_is_still_to_be_sent_of_a_batch(self, repository: Repository) -> None:
+        repository.save_all(entries(range(5)))
+        batch = repository.claim(5, 0.0).batch
+        assert batch is not None
+        assert self.numbers(repository.unsent(batch)) == [0, 1, 2, 3, 4]
+        repository.update_all({name(0): DELIVERED, name(2): CONFIRMED})
+        repository.handed_over(batch.only(lambda each: each.message.message_id == name(4)))
+        assert self.numbers(repository.unsent(batch)) == [1, 3]
+        assert self.numbers(repository.unsent(batch.only(lambda each: each.message.message_id < name(3)))) == [1]
+        repository.release(batch)
+        assert self.numbers(repository.unsent(batch)) == []
 
     def test_parts_of_a_batch_are_handed_over_by_themselves(self, repository: Repository) -> None:
         repository.save_all([entry(number) for number in range(4)])
@@ -224,7 +300,7 @@ class RepositoryContract:
         self, repository: Repository, update: MessageStatus | Reason
     ) -> None:
         repository.save_all([entry(1), entry(2)])
-        batch = repository.claim(2, None).batch
+        batch = repository.claim(2, 0.0).batch
         assert batch is not None
         repository.update_all({name(1): update})
         repository.handed_over(batch)
@@ -240,12 +316,13 @@ class RepositoryContract:
             start.wait(HANG)
             for group in range(5):
                 first = thread * 350 + group * 70
-                assert repository.save_all([entry(first + number) for number in range(70)]) == [None] * 70
+                new = entries(range(first, first + 70), linger=math.inf)
+                assert repository.save_all(new) == [None] * 70
 
         def claim() -> None:
             start.wait(HANG)
             while not done.is_set():
-                found = self.numbers(repository.claim(7, None).batch)
+                found = self.numbers(repository.claim(7, math.inf).batch)
                 if found:
                     claimed.append(found)
                     if sum(map(len, claimed)) >= 1_400:
@@ -260,6 +337,82 @@ class RepositoryContract:
         done.set()
         assert {len(batch) for batch in claimed} == {7}
         assert sorted(number for batch in claimed for number in batch) == list(range(1_400))
+
+    # Cancelling and expiring
+
+    def test_a_message_that_waits_can_be_cancelled_and_is_never_sent(self, repository: Repository) -> None:
+        repository.save_all(entries(range(3), linger=50.0))
+        assert repository.cancel(name(1))
+        assert (repository.get(name(1)), repository.reason(name(1))) == (FAILED, Reason.CANCELLED)
+        assert repository.backlog() == 2
+        assert repository.cancel(name(1))  # again
+        assert self.numbers(repository.claim(5, 0.0, flush=True).batch) == [0, 2]
+
+    def test_what_is_in_a_batch_handed_over_final_or_unknown_is_not_cancelled(self, repository: Repository) -> None:
+        repository.save_all(entries(range(4)))
+        batch = repository.claim(2, 0.0).batch
+        assert batch is not None
+        repository.handed_over(batch.only(lambda each: each.message.message_id == name(0)))
+        repository.update_all({name(2): DELIVERED, name(3): Reason.REJECTED})
+        assert [repository.cancel(name(number)) for number in range(5)] == [False] * 5
+        assert [repository.get(name(number)) for number in range(5)] == [ACCEPTED, ACCEPTED, DELIVERED, FAILED, NOT_FOUND]
+        assert not any(repository.cancel(message_id) for message_id in ODD_IDS)
+
+    def test_of_a_cancel_and_a_claim_one_gets_the_message(self, repository: Repository) -> None:
+        cancelled: list[int] = []
+        claimed: list[int] = []
+        start = threading.Barrier(2)
+
+        def cancel() -> None:
+            start.wait(HANG)
+            cancelled.extend(number for number in range(200) if repository.cancel(name(number)))
+
+        def claim() -> None:
+            start.wait(HANG)
+            while batch := repository.claim(7, 0.0).batch:
+                claimed.extend(self.numbers(batch))
+
+        repository.save_all(entries(range(200)))
+        threads = [threading.Thread(target=cancel), threading.Thread(target=claim)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG)
+        assert sorted(claimed + cancelled) == list(range(200))
+        assert all(repository.reason(name(number)) is Reason.CANCELLED for number in cancelled)
+        assert all(repository.get(name(number)) is ACCEPTED for number in claimed)
+
+    def test_what_waits_too_long_expires_and_what_is_claimed_does_not(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
+        assert repository.expire()[0] == []
+        repository.save_all([entry(1), entry(2, linger=20.0, max_age=40.0), entry(3, linger=30.0, max_age=60.0)])
+        repository.save_all([entry(4, linger=30.0)])
+        assert self.numbers(repository.claim(1, 0.0).batch) == [1]
+        expired, wait = repository.expire()
+        assert (expired, wait <= 42.0) == ([], True)
+        age(41.0)
+        expired, wait = repository.expire()
+        assert (expired, wait <= 21.0) == ([name(2)], True)
+        assert (repository.get(name(2)), repository.reason(name(2))) == (FAILED, Reason.EXPIRED)
+        batch = repository.claim(2, 0.0).batch
+        assert self.numbers(batch) == [3, 4] and batch is not None
+        age(60.0)
+        assert repository.expire()[0] == []
+        assert self.numbers(repository.unsent(batch)) == [3, 4]
+        repository.release(batch)
+        assert (repository.expire()[0], repository.backlog()) == ([name(3)], 2)
+
+    def test_many_that_expire_together_do_so_a_few_at_a_time(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
+        repository.save_all([entry(number, linger=10.0, max_age=20.0) for number in range(1_200)])
+        age(30.0)
+        expired, calls = set(), 0
+        while found := repository.expire()[0]:
+            expired.update(found)
+            calls += 1
+        assert (len(expired), calls >= 2, repository.backlog()) == (1_200, True, 0)
 
     # Forgetting
 
@@ -289,7 +442,7 @@ class RepositoryContract:
         assert (repository.get(name(1)), repository.reason(name(1))) == (ACCEPTED, None)
         [error] = repository.save_all([entry(1)])
         assert isinstance(error, DuplicateMessageError) and error.fingerprint is None
-        batch = repository.claim(1, None).batch
+        batch = repository.claim(1, 0.0).batch
         assert batch is not None and [each.message.message for each in batch.entries] == ["new"]
         age(1.1 * RETENTION)
         repository.forget()
@@ -297,7 +450,7 @@ class RepositoryContract:
 
     def test_what_waits_in_the_outbox_is_never_forgotten(self, repository: Repository, age: Callable[[float], None]) -> None:
         repository.save_all([entry(1), entry(2)])
-        batch = repository.claim(1, None).batch
+        batch = repository.claim(1, 0.0).batch
         age(10 * RETENTION)
         repository.forget()
         assert repository.get(name(1)) is repository.get(name(2)) is ACCEPTED

@@ -1,8 +1,7 @@
-"""The repositories that come with the service, in memory and in a file, do what every repository does."""
+"""The repository in a file does what every repository does."""
 from __future__ import annotations
 
 import contextlib
-import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import pytest
 
 from helpers import Clock
 from repository_contract import RETENTION, RepositoryContract, entry, name
-from smsproxy import InMemoryRepository, MessageStatus, Repository
+from smsproxy import MessageStatus, Repository
 from sqlite_repository import SqliteRepository
 
 
-class TestInMemory(RepositoryContract):
+class TestSqlite(RepositoryContract):
     @pytest.fixture
     def clock(self) -> Clock:
         return Clock()
@@ -24,60 +23,7 @@ class TestInMemory(RepositoryContract):
         return clock.advance
 
     @pytest.fixture
-    def repository(self, clock: Clock) -> Repository:
-        return InMemoryRepository(RETENTION, clock=clock)
-
-    def test_it_neither_blocks_nor_outlives_the_process(self, repository: Repository) -> None:
-        assert (repository.blocking, repository.durable, repository.poll, repository.size()) == (False, False, None, 0)
-
-    def test_messages_are_forgotten_a_few_at_a_time_and_leave_nothing_behind(
-        self, repository: Repository, clock: Clock
-    ) -> None:
-        for number in range(3_000):
-            repository.save(name(number))
-            repository.update(name(number), MessageStatus.DELIVERED)
-        clock.advance(RETENTION * 1.01)
-        calls = 0
-        while repository.forget() == 0.0:
-            calls += 1
-        assert 4 <= calls <= 20
-        assert not any(vars(repository)[each] for each in ("_records", "_slices", "_fingerprints"))
-
-    def test_forgetting_waits_for_the_first_message_that_is_due(self, repository: Repository, clock: Clock) -> None:
-        repository.forget()
-        for number in range(2):
-            repository.save(name(number))
-            clock.advance(RETENTION * 0.4)
-        clock.advance(RETENTION * 0.1)
-        repository.forget()
-        assert repository.forget() == pytest.approx(RETENTION * 0.1, abs=RETENTION / 100)
-
-    def test_a_retention_of_0_keeps_messages_for_ever(self, clock: Clock) -> None:
-        repository = InMemoryRepository(0, clock=clock)
-        repository.save(name(1))
-        clock.advance(1e12)
-        assert repository.forget() is None
-        assert repository.get(name(1)) is MessageStatus.ACCEPTED
-
-    def test_a_remembered_message_takes_little_memory(self, repository: Repository) -> None:
-        tracemalloc.start()
-        try:
-            for number in range(5_000):
-                repository.save_all([entry(number)])
-                batch = repository.claim(1, 0.0).batch
-                assert batch is not None
-                repository.handed_over(batch)
-                repository.update(name(number), MessageStatus.DELIVERED)
-            del batch
-            size, _ = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-        assert size / 5_000 < 320
-
-
-class TestSqlite(TestInMemory):
-    @pytest.fixture
-    def repository(self, clock: Clock, tmp_path: Path) -> Iterator[Repository]:  # type: ignore[override]
+    def repository(self, clock: Clock, tmp_path: Path) -> Iterator[Repository]:
         made = SqliteRepository(str(tmp_path / "sms.db"), RETENTION, clock=clock, wall_clock=lambda: 1.8e9 + clock())
         with contextlib.closing(made):
             yield made
@@ -98,7 +44,7 @@ class TestSqlite(TestInMemory):
         assert 4 <= calls <= 20
         assert repository.save_all([entry(number) for number in range(3_000)]) == [None] * 3_000
 
-    def test_a_retention_of_0_keeps_messages_for_ever(self, clock: Clock, tmp_path: Path) -> None:  # type: ignore[override]
+    def test_a_retention_of_0_keeps_messages_for_ever(self, clock: Clock, tmp_path: Path) -> None:
         made = SqliteRepository(str(tmp_path / "kept.db"), 0, clock=clock, wall_clock=lambda: 1.8e9 + clock())
         with contextlib.closing(made) as repository:
             repository.save(name(1))

@@ -1,0 +1,115 @@
+"""The repository in memory does what every repository does."""
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+
+from helpers import Clock
+from memory_repository import InMemoryRepository
+from message_model import Batch, Entry, MessageStatus
+from repository_contract import RETENTION, RepositoryContract, entry, name
+
+
+class TestInMemory(RepositoryContract):
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock()
+
+    @pytest.fixture
+    def age(self, clock: Clock) -> Callable[[float], None]:
+        return clock.advance
+
+    @pytest.fixture
+    def repository(self, clock: Clock) -> InMemoryRepository:
+        return InMemoryRepository(RETENTION, clock=clock)
+
+    def test_it_neither_blocks_nor_outlives_the_process(self, repository: InMemoryRepository) -> None:
+        assert (repository.blocking, repository.durable, repository.poll, repository.size()) == (False, False, None, 0)
+
+    def test_messages_are_forgotten_a_few_at_a_time_and_leave_nothing_behind(
+        self, repository: InMemoryRepository, clock: Clock
+    ) -> None:
+        for number in range(3_000):
+            repository.save(name(number))
+            repository.update(name(number), MessageStatus.DELIVERED)
+        clock.advance(RETENTION * 1.01)
+        calls = 0
+        while repository.forget() == 0.0:
+            calls += 1
+        assert 4 <= calls <= 20
+        assert not any(vars(repository)[each] for each in ("_records", "_slices", "_fingerprints"))
+
+    def test_forgetting_waits_for_the_first_message_that_is_due(self, repository: InMemoryRepository, clock: Clock) -> None:
+        repository.forget()
+        for number in range(2):
+            repository.save(name(number))
+            clock.advance(RETENTION * 0.4)
+        clock.advance(RETENTION * 0.1)
+        repository.forget()
+        assert repository.forget() == pytest.approx(RETENTION * 0.1, abs=RETENTION / 100)
+
+    def test_a_retention_of_0_keeps_messages_for_ever(self, clock: Clock) -> None:
+        repository = InMemoryRepository(0, clock=clock)
+        repository.save(name(1))
+        clock.advance(1e12)
+        assert repository.forget() is None
+        assert repository.get(name(1)) is MessageStatus.ACCEPTED
+
+    def test_a_remembered_message_takes_little_memory(self, repository: InMemoryRepository) -> None:
+        tracemalloc.start()
+        try:
+            for number in range(5_000):
+                repository.save_all([entry(number)])
+                batch = repository.claim(1, 0.0).batch
+                assert batch is not None
+                repository.handed_over(batch)
+                repository.update(name(number), MessageStatus.DELIVERED)
+            del batch
+            size, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert size / 5_000 < 320
+
+    def test_nothing_is_left_of_messages_that_were_cancelled(self, repository: InMemoryRepository) -> None:
+        size = 0
+        for number in range(20_000):
+            if number == 5_000:
+                tracemalloc.start()
+            repository.save_all([entry(number % 5_000, linger=600_000.0 - number % 7, max_age=600_000.0)])
+            assert repository.cancel(name(number % 5_000))
+            repository._records.clear()
+        size, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert size < 3_000_000
+
+    @pytest.mark.parametrize("seed", range(100))
+    def test_it_keeps_the_order_of_a_sorted_list(self, repository: InMemoryRepository, clock: Clock, seed: int) -> None:
+        rng = random.Random(seed)
+        waiting: list[Entry] = []
+        claimed: list[Batch] = []
+        for number in range(300):
+            step = rng.random()
+            if step < 0.5:
+                new = entry(number, linger=rng.choice([0.0, 5.0, 5.0, 60.0, rng.uniform(0, 100)]))
+                repository.save_all([new])
+                waiting.append(new)
+            elif step < 0.7:
+                waiting.sort(key=lambda each: (each.due, each.place))
+                batch = repository.claim(rng.randrange(1, 9), 0.0, flush=True).batch
+                expected = waiting[: len(batch)] if batch else []
+                assert (list(batch.entries) if batch else []) == expected
+                claimed += [batch] if batch else []
+                del waiting[: len(expected)]
+            elif step < 0.8 and claimed:
+                batch = claimed.pop(rng.randrange(len(claimed)))
+                repository.release(batch)
+                waiting += batch.entries
+            elif step < 0.9 and waiting:
+                gone = waiting.pop(rng.randrange(len(waiting)))
+                assert repository.cancel(gone.message.message_id)
+            else:
+                clock.advance(rng.uniform(0, 3))
+        assert repository.backlog() == len(waiting) + sum(map(len, claimed))
