@@ -36,7 +36,9 @@ class Ages(NamedTuple):
     past_due: float = 0.0  # since the first was due
 
 
-def look(dues: Sequence[float], now: float, size: int, horizon: float, waiting: int, flush: bool = False) -> Claim | None:
+def look(
+    dues: Sequence[float], now: float, size: int, horizon: float, waiting: int, flush: bool = False
+) -> Claim | None:
     """The rule of every claim: None when a batch leaves now, else when one will.
 
     `dues`: when the first messages that wait are due, in order, `size` of them or all. `now` is on the same clock.
@@ -138,7 +140,7 @@ class Repository(abc.ABC):
 
     @abc.abstractmethod
     def hasten(self, max_delay: float) -> None:
-        """At a start: brings forward what lingers by default, and longer than this, since an earlier default was longer."""
+        """At a start: brings forward what lingers by an earlier default that was longer than this one."""
 
     def holds(self, batch: Batch) -> bool:
         """Whether the batch is still this process's to send, as far as it knows. Never blocks."""

@@ -1,36 +1,92 @@
-"""When a batch leaves: the settings."""
+"""When a batch leaves, and what happens when its request fails: the settings, the circuit breaker, the scheduler.
+
+Rules only: no threads, locks, clock or I/O. The moment is an argument, in seconds on a monotonic clock, so an hour
+passes in a test as fast as it is written down. `batch_dispatcher` carries the rules out.
+
+**When a batch leaves.** FastSMSing bills a request, whatever it holds, so a message waits for others as long as it may.
+How long that is, its *linger*, is the message's own: the `max_delay` that the caller said or the default, and half of
+`max_age` at the most. It is *due* at acceptance + linger, and the outbox is in order of due. A batch leaves when
+
+1. the first message is due. Nothing is gained by leaving earlier: whatever is accepted meanwhile may ride along. The
+   batch takes the first `batch_size` messages of the outbox. Those that are not due yet are *riders*: their place
+   in a request that is paid for anyway costs nothing. Leaving at the earliest due time and taking the earliest due is
+   optimal: put off the first request of an optimal plan to that time, swap its messages for the most urgent ones, and
+   the plan still keeps every due time.
+2. `batch_size` messages are due within the *horizon*. A full batch cannot get cheaper, and leaving early spreads the
+   work: if 20,000 messages were due at one moment, the senders could not carry them all at that moment. So the horizon
+   is `max_delay` plus the time that the senders need for everything that waits. What may wait for longer does not
+   make a batch full before its time, since it may be the company that a later message needs. When the outbox holds
+   half of what it may hold, everything is within the horizon.
+3. the service stops, and the outbox would not outlive it.
+
+**What the breaker promises.** A request that fails may be billed, and while FastSMSing is away all of them fail. So
+the first failure stops all requests (the breaker is *open*) but one at a time, the *probe*, after a backoff that
+doubles. Any request that FastSMSing answers closes the breaker, with a rejection, too. A probe that hangs gives up
+its place after `PROBE_PATIENCE`.
+
+**No set of bad batches stops the others.** Some messages make every request fail that holds them, while FastSMSing
+takes everything else. Two rules keep them from looking like an outage, however many they are:
+
+1. A batch that fails again, although FastSMSing has answered another request since it failed last, says nothing about
+   FastSMSing. It does not open the breaker; it only waits for a backoff of its own.
+2. When both a batch from the outbox and one that failed before could go, they take turns, and of those that
+   failed before the one with the fewest tries goes first. So among the next two requests is one with another batch.
+
+Riders do not share the fate of a batch that fails. They go back to the outbox, so that a bad message in the newsletter
+does not keep a password code, and an outage does not turn the newsletter into small batches.
+
+**Why no message is lost.** A message is in the outbox from its acceptance until FastSMSing took it, or an update
+says what became of it. What the scheduler knows of the outbox is only when it is worth looking: `Outlook`. It may be
+too early, never too late: what is saved during a look counts on top of what the look found, whether the look saw it or
+not. A job is ready, under way, over, or abandoned (an error of ours; nobody knows its fate), and `left` tells of all
+that are not over. A drain that begins during a look is seen when the look ends.
+"""
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from message_model import ValidationError
+from base_repository import ALMOST, Claim
+from fastsmsing import Message
+from message_model import Batch, Entry, SendMessage, ValidationError
 
-__all__ = ["SmsProxyConfig"]
+__all__ = ["CircuitBreaker", "Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
+
+DRAIN_BACKOFF = 1.0  # seconds; longest backoff during a drain, whose time is short
+PROBE_PATIENCE = 60.0  # seconds until another request may be the probe; most clients give up after 10 to 30
+FIRST_PACE = 1.0  # seconds that a request takes, until one was answered
+PACE_SHARE = 0.25  # of the last request in what a request takes lately
 
 
 @dataclass(frozen=True, slots=True)
 class SmsProxyConfig:
     """When batches leave and how hard we try; times in seconds. Wrong values raise `ValidationError`."""
 
-    batch_size: int = 100  # the most messages in one request; so many leave at once; 1 or less turns batching off
-    max_delay: float | None = 5.0  # longest linger of a message; None waits for a full batch for ever
+    batch_size: int = 100  # the most messages in one request; 1 or less turns batching off
+    max_delay: float | None = 5.0  # linger of a message that does not say its own; None waits for a full batch for ever
     senders: int = 4  # requests to the provider at a time
     max_pending: int = 100_000  # accepted and not yet handed over
     max_attempts: int | None = 100  # tries per batch; less than 1 counts as 1; None: no limit
     backoff_base: float = 0.5  # before try n + 1: uniform in half to all of min(max, base * 2 ** (n - 1))
     backoff_max: float = 30.0
-    max_age: float | None = None  # older messages are not sent any more; None sends them all
+    max_age: float | None = None  # of a message that does not say its own; older ones are not sent; None sends them all
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            self._check(spec.name, getattr(self, spec.name), whole="int" in spec.type, optional="None" in spec.type)
+            kind = str(spec.type)
+            self._check(spec.name, getattr(self, spec.name), whole="int" in kind, optional="None" in kind)
         object.__setattr__(self, "batch_size", max(1, self.batch_size))
         if self.max_attempts is not None:
             object.__setattr__(self, "max_attempts", max(1, self.max_attempts))
         if self.max_pending < self.batch_size:
             raise ValidationError("max_pending", "must not be less than batch_size")
+        if self.max_age == 0:
+            raise ValidationError("max_age", "must be more than 0")
+        if self.backoff_base > self.backoff_max:
+            raise ValidationError("backoff_base", "must not be more than backoff_max")
 
     @staticmethod
     def _check(name: str, value: Any, whole: bool, optional: bool) -> None:
@@ -43,6 +99,308 @@ class SmsProxyConfig:
         if not whole and not 0 <= value <= sys.float_info.max:
             raise ValidationError(name, "must be a finite number of seconds, not negative")
 
+    def entry(self, message: SendMessage, message_id: str, fingerprint: bytes | None = None) -> Entry:
+        """The message as it goes into the outbox, with its linger and its `max_age`."""
+        delay = self.max_delay if message.max_delay is None else message.max_delay
+        age = self.max_age if message.max_age is None else message.max_age
+        linger, max_age = math.inf if delay is None else delay, math.inf if age is None else age
+        default = message.max_delay is None
+        return Entry(message.to_message(message_id), fingerprint, min(linger, max_age / 2), default, max_age)
+
     def backoff(self, failures: int, fraction: float) -> float:
         """Seconds to wait after so many failures; `fraction` in 0..1 is the jitter."""
         return min(self.backoff_max, self.backoff_base * 2.0 ** min(failures - 1, 64)) * (0.5 + fraction / 2)
+
+
+def horizon(config: SmsProxyConfig, waiting: int, pace: float) -> float:
+    """Seconds within which a message has to be due to make a batch full; `pace`: seconds that a sender takes lately."""
+    if config.max_delay is None or 2 * waiting >= config.max_pending:
+        return math.inf
+    return config.max_delay + waiting / config.batch_size * pace / config.senders
+
+
+class CircuitBreaker:
+    """Stops all requests but the probe while FastSMSing is away. The owner's lock guards it."""
+
+    def __init__(self, config: SmsProxyConfig, rng: Callable[[], float]) -> None:
+        self._config, self._rng = config, rng
+        self.opened_at: float | None = None  # None: closed
+        self.requests = 0  # that failed since it opened
+        self.next_try = 0.0
+        self.asked_until = 0.0  # before that FastSMSing wants no request
+        self.answered_at = -math.inf  # when FastSMSing last answered a request
+        self.longest_backoff = math.inf
+        self._failures = 0  # in a row: the first and the probes
+        self._probe: object = None
+        self._probe_since = 0.0
+
+    @property
+    def open(self) -> bool:
+        """Whether requests have stopped, but for the probe."""
+        return self.opened_at is not None
+
+    def wait(self, now: float) -> float:
+        """Seconds until a request may start, 0 for now, unless the end of the probe comes before."""
+        if not self.open:
+            return 0.0
+        return max(0.0, self.next_try - now, self._probe_since + PROBE_PATIENCE - now if self._probe is not None else 0.0)
+
+    def begin(self, request: object, now: float) -> None:
+        """A request starts, after `wait` said that it may."""
+        if self.open:
+            self._probe, self._probe_since = request, now
+
+    def failed(self, request: object, retry_after: float, now: float) -> bool:
+        """A request failed for a reason that may pass; returns whether that opened the breaker."""
+        self.asked_until = max(self.asked_until, now + retry_after)
+        opened = not self.open
+        if opened:
+            self.opened_at, self.requests, self._failures, self._probe = now, 0, 0, None
+        self.requests += 1
+        if opened or request is self._probe:
+            self._failures, self._probe = self._failures + 1, None
+            self.next_try = now + self.backoff(self._failures)
+        self.next_try = max(self.next_try, self.asked_until)  # also for one that started before it opened
+        return opened
+
+    def answered(self, now: float) -> tuple[float, int] | None:
+        """FastSMSing answered; returns for how many seconds and failed requests the breaker was open, if it was."""
+        self.answered_at, self.asked_until = now, 0.0
+        if self.opened_at is None:
+            return None
+        seconds, self.opened_at, self._probe = now - self.opened_at, None, None
+        return seconds, self.requests
+
+    def ended(self, request: object) -> None:
+        """However a request ended: the probe's place is free again."""
+        if request is self._probe:
+            self._probe = None
+
+    def backoff(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row."""
+        return min(self.longest_backoff, self._config.backoff(failures, self._rng()))
+
+    def open_for(self, now: float) -> float:
+        """Seconds since it opened; 0 while it is closed, and only then."""
+        return 0.0 if self.opened_at is None else max(1e-3, now - self.opened_at)
+
+    def next_try_in(self, now: float) -> float:
+        """Seconds until the next request; 0 while it is closed."""
+        return max(0.0, self.next_try - now) if self.open else 0.0
+
+    def hasten(self, now: float) -> None:
+        """From now on no wait is longer than `DRAIN_BACKOFF`, except where FastSMSing asks for it."""
+        self.longest_backoff = DRAIN_BACKOFF
+        self.next_try = min(self.next_try, max(now + DRAIN_BACKOFF, self.asked_until))
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A batch and what its requests came to so far. Whoever works on it owns it; nobody else changes it meanwhile."""
+
+    batch: Batch
+    attempt: int = 0
+    not_before: float = -math.inf  # of the next request: the end of the batch's own backoff
+    failed_at: float = math.inf  # when its last request failed
+    expires_at: float = math.inf  # when the first of its messages does, while it waits for a retry
+    answered: bool = False
+    # Of the last request:
+    started_at: float = 0.0
+    sent: tuple[Message, ...] = ()
+    error: BaseException | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)  # reason by ID
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A look into the outbox: what `Repository.claim` is called with."""
+
+    size: int
+    horizon: float
+    flush: bool = False
+
+
+Step = Job | Look | float  # send this job; look, and tell what was `claimed`; wait for so many seconds
+
+
+@dataclass(slots=True)
+class Outlook:
+    """What is known of the messages that wait, as far as it says when to look: the last look's, and what came since."""
+
+    waiting: int = 0  # 0 only if there are none
+    near: int = 0  # that were due within the horizon when they were seen
+    due: float = math.inf  # when the first is due
+    full_due: float = math.inf  # when that message is due whose coming within the horizon may make a batch full
+
+    def add(self, due: float, near: bool) -> None:
+        """A message that came in."""
+        self.waiting += 1
+        self.due = min(self.due, due)
+        if near:
+            self.near += 1
+        else:
+            self.full_due = min(self.full_due, due)
+
+    def look_at(self, size: int, horizon: float, last_horizon: float) -> float:
+        """When a look may find a batch; `last_horizon` is that of the last look."""
+        if self.near >= size:
+            return -math.inf
+        if self.waiting < size or horizon == last_horizon == math.inf:  # then `near` counts them all
+            return self.due
+        return min(self.due, -math.inf if horizon == math.inf else self.full_due - horizon)
+
+
+class Scheduler:
+    """Decides what is done next. The owner's lock guards it.
+
+    `next` tells the step; every other method tells what happened. At most `senders` jobs are under way, and while the
+    breaker is open one, unless a probe hangs.
+    """
+
+    def __init__(
+        self, config: SmsProxyConfig, rng: Callable[[], float], *, durable: bool = False, poll: float | None = None
+    ) -> None:
+        self.breaker = CircuitBreaker(config, rng)
+        self.draining = self.closed = False
+        self._config, self._rng, self._durable, self._poll = config, rng, durable, poll
+        self._ready: list[Job] = []  # each from the moment in its `not_before`
+        self._under_way: dict[Job, float] = {}  # since when
+        self._abandoned: list[Job] = []
+        self._retries_turn = False  # the next request is for a batch that failed before, if there is one
+        self._pace = 0.0  # seconds from claim to claim of a sender, lately; 0: no request was answered yet
+        self._looking: Look | None = None
+        self._last_horizon = 0.0
+        self._look_by = -math.inf  # whatever the outlook is: there may be messages from before the start
+        self._outlook = Outlook(waiting=1)
+        self._saving = 0  # groups of messages that are being saved
+
+    @property
+    def in_flight(self) -> int:
+        """How many jobs are under way."""
+        return len(self._under_way)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is under way, and nothing waits that is to be sent before the end."""
+        rest = not self._durable and (self._outlook.waiting or self._ready)
+        return not (self._looking or self._under_way or self._saving or rest)
+
+    def next(self, now: float) -> Step:
+        """The next step. A job is under way from now on, a look until `claimed`."""
+        if len(self._under_way) >= self._config.senders or (self.draining and self._durable):
+            return math.inf
+        if wait := self.breaker.wait(now):
+            return wait
+        ready = (job for job in self._ready if job.not_before <= now)
+        job = min(ready, key=lambda job: (job.attempt, job.not_before), default=None)
+        look_at = self._look_at()
+        if job is not None and (not job.attempt or self._retries_turn or now < look_at - ALMOST):
+            return self._begin(job, now)
+        if now >= look_at - ALMOST:
+            self._looking, self._outlook = Look(self._config.batch_size, self._horizon(), self.draining), Outlook()
+            return self._looking
+        return min(look_at, min((job.not_before for job in self._ready), default=math.inf)) - now
+
+    def _begin(self, job: Job, now: float) -> Job:
+        self._ready.remove(job)
+        self._under_way[job] = now
+        self._retries_turn = not job.attempt
+        self.breaker.begin(job, now)
+        return job
+
+    def _horizon(self) -> float:
+        return horizon(self._config, self._outlook.waiting, self._pace or FIRST_PACE)
+
+    def _look_at(self) -> float:
+        if self.draining and self._outlook.waiting:
+            return -math.inf
+        return min(self._look_by, self._outlook.look_at(self._config.batch_size, self._horizon(), self._last_horizon))
+
+    # What happened in the outbox
+
+    def saving(self) -> bool:
+        """Messages are about to be saved; returns whether they may be."""
+        self._saving += not self.closed
+        return not self.closed
+
+    def saved(self, lingers: Iterable[float], now: float) -> bool:
+        """Messages with these lingers were; returns whether the next step may be another for that."""
+        self._saving -= 1
+        return self.waits((now + linger for linger in lingers), now) or self.draining
+
+    def waits(self, dues: Iterable[float], now: float) -> bool:
+        """Messages that are due then wait in the outbox; returns whether the next step may be another for that."""
+        before, limit = self._look_at(), now + self._horizon()
+        for due in dues:
+            self._outlook.add(due, due <= limit)
+        return self._look_at() < before
+
+    def claimed(self, claim: Claim, now: float) -> None:
+        """What a look found. What was saved meanwhile may be in it or not."""
+        if self._looking is None:
+            raise RuntimeError("nothing was looked for")
+        meanwhile, self._last_horizon = self._outlook, self._looking.horizon
+        full_due = now + claim.full_in + (0.0 if claim.full_in == math.inf else self._looking.horizon)
+        self._outlook = Outlook(
+            claim.waiting + meanwhile.waiting, claim.near + meanwhile.near,
+            min(now + claim.due_in, meanwhile.due), min(full_due, meanwhile.full_due),
+        )  # fmt: skip
+        self._looking, self._look_by = None, math.inf
+        if claim.batch is not None:
+            self._ready.append(Job(claim.batch))
+            if claim.waiting:  # nothing else is known of them
+                self._look_by = -math.inf
+        if self._poll is not None:  # with jitter, or all instances would look together
+            self._look_by = min(self._look_by, now + self._poll * (0.5 + self._rng()))
+
+    # What happened to a job
+
+    def answered(self, job: Job, now: float) -> tuple[float, int] | None:
+        """FastSMSing took or rejected it; returns for how many seconds and failed requests the breaker was open."""
+        job.answered = True
+        return self.breaker.answered(now)
+
+    def failed(self, job: Job, retry_after: float, now: float) -> bool:
+        """Its request failed for a reason that may pass; returns whether that opened the breaker."""
+        of_the_batch = job.failed_at < self.breaker.answered_at and not self.breaker.open and not retry_after
+        opened = not of_the_batch and self.breaker.failed(job, retry_after, now)
+        job.failed_at, job.not_before = now, now + self.breaker.backoff(job.attempt)
+        job.expires_at = min((entry.expires_at for entry in job.batch.entries), default=math.inf)
+        return opened
+
+    def ended(self, job: Job, again: Iterable[Job], now: float) -> None:
+        """It is over; those in `again` are ready, the job itself perhaps among them."""
+        since = self._under_way.pop(job)
+        if job.answered:
+            self._pace += (now - since - self._pace) * (PACE_SHARE if self._pace else 1.0)
+        self.breaker.ended(job)
+        self._ready.extend(again)
+
+    def abandoned(self, job: Job, now: float) -> None:
+        """An error of ours stopped it; nobody knows whether its messages were handed over."""
+        self._abandoned.append(job)
+        self.ended(job, (), now)
+
+    def expire(self, now: float) -> tuple[list[str], float]:
+        """Takes what has expired out of the batches that wait for a retry; returns its IDs, and when the next does."""
+        expired: list[str] = []
+        for job in self._ready:
+            if job.expires_at <= now:
+                expired += job.batch.only(lambda entry: entry.expires_at <= now).ids
+                job.batch = job.batch.only(lambda entry: entry.expires_at > now)
+                job.expires_at = min((entry.expires_at for entry in job.batch.entries), default=math.inf)
+        self._ready = [job for job in self._ready if job.batch.entries]
+        return expired, min((job.expires_at for job in self._ready), default=math.inf)
+
+    # The end
+
+    def drain(self, now: float) -> None:
+        """From now on nothing lingers and backoffs are short; of a durable outbox nothing is claimed any more."""
+        self.draining = True
+        self.breaker.hasten(now)
+        for job in self._ready:
+            job.not_before = min(job.not_before, now + DRAIN_BACKOFF)
+
+    def left(self) -> tuple[list[Job], list[Job]]:
+        """The jobs that no request carries, and those of which nobody knows yet how they ended."""
+        return list(self._ready), [*self._under_way, *self._abandoned]

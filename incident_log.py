@@ -1,4 +1,4 @@
-"""Errors in the log: what may be said of them, and one line in place of a thousand for an error that repeats."""
+"""What the log may say: errors without their text, IDs that are ours, one line in place of a thousand for what repeats."""
 from __future__ import annotations
 
 import contextlib
@@ -7,9 +7,13 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-__all__ = ["Incident", "describe", "location"]
+from message_ids import is_ours
+
+__all__ = ["Incident", "counted", "describe", "location", "named"]
+
+IDS_IN_A_LINE = 100  # a line with more is cut by what collects logs (Docker: 16 KiB)
 
 
 def describe(error: BaseException) -> str:
@@ -26,13 +30,33 @@ def describe(error: BaseException) -> str:
     return described if error.__cause__ is None else f"{described} from {type(error.__cause__).__name__}"
 
 
+def location(error: BaseException) -> str:
+    """An unexpected error's type and place; its text could hold a phone number."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {os.path.basename(at.filename)}:{at.lineno}"
+
+
+def counted(number: float, noun: str) -> str:
+    """The number with the noun, which gets its plural."""
+    return f"{number:.0f} {noun}" if number == 1 else f"{number:.0f} {noun}s"
+
+
+def named(ids: Sequence[object]) -> str:
+    """The first of the IDs. What is not an ID of ours is not quoted: it could be a phone number."""
+    shown = [str(each) for each in ids[:IDS_IN_A_LINE] if is_ours(each)]
+    more = len(ids) - len(shown)
+    return " ".join([*shown, f"(and {more} more)"] if shown and more else shown or [counted(more, "other ID")])
+
+
 class Incident:
     """Logs an error that repeats when it begins, once a minute with its count, and when it ends. Thread-safe."""
 
     PAUSE = 60.0  # seconds between two lines about the same error
 
-    def __init__(self, logger: logging.Logger, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._log, self._what, self._clock = logger, what, clock
+    def __init__(
+        self, logger: logging.Logger, what: str, *, level: int = logging.ERROR, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._log, self._what, self._level, self._clock = logger, what, level, clock
         self._lock = threading.Lock()  # guards the following
         self._count = 0  # of errors since it began; 0 when all is well
         self._began = self._logged = 0.0
@@ -48,7 +72,8 @@ class Incident:
             elif now - self._logged < self.PAUSE:
                 return
             self._logged, began = now, self._began
-        self._log.error("%s: %s (%d times in %.0f s)", self._what, error, count, now - began)
+        times = f" ({count} times in {now - began:.0f} s)" if count > 1 else ""
+        self._log.log(self._level, "%s: %s%s", self._what, error, times)
 
     def ended(self) -> None:
         """Logs that all is well again, if it was not."""
@@ -58,10 +83,4 @@ class Incident:
             count, self._count = self._count, 0
             seconds = self._clock() - self._began
         if count:
-            self._log.warning("over after %.1f s and %d errors: %s", seconds, count, self._what)
-
-
-def location(error: BaseException) -> str:
-    """An unexpected error's type and place; its text could hold a phone number."""
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {os.path.basename(at.filename)}:{at.lineno}"
+            self._log.warning("%s: over after %.1f s and %s", self._what, seconds, counted(count, "error"))

@@ -4,9 +4,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import time
 
-__all__ = ["NewIds", "id_of_key", "time_of"]
+__all__ = ["NewIds", "id_of_key", "is_ours", "time_of"]
+
+_OURS = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[78][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 _VARIANTS = dict(zip("0123456789abcdef", 4 * "89ab"))  # RFC 9562, 4.1: the variant's bits are 10
 
@@ -48,6 +51,11 @@ def id_of_key(key: str) -> str:
     """The UUID of version 8 (RFC 9562, 5.8) that stands for an idempotency key."""
     digits = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
     return f"{digits[:8]}-{digits[8:12]}-8{digits[13:16]}-{_VARIANTS[digits[16]]}{digits[17:20]}-{digits[20:32]}"
+
+
+def is_ours(message_id: object) -> bool:
+    """Whether this is an ID as they are made here, and so may be quoted: anything else may be a phone number."""
+    return isinstance(message_id, str) and _OURS.fullmatch(message_id) is not None
 
 
 def time_of(message_id: str) -> float | None:

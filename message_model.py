@@ -126,7 +126,7 @@ def map_to_internal_status(status: object) -> MessageStatus:
     """The proxy's status for one of FastSMSing's; raises `UnknownStatusError`."""
     if isinstance(status, str) and (known := _INTERNAL.get(status)) is not None:
         return known
-    word = isinstance(status, str) and len(status) <= 30 and status.isupper() and status.isidentifier()
+    word = isinstance(status, str) and len(status) <= 30 and status.replace("_", "").isalpha() and status.isascii()
     raise UnknownStatusError(f"unknown status {status if word else type(status).__name__}")
 
 

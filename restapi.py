@@ -22,7 +22,7 @@ from urllib.parse import unquote
 
 from http_front import FrontHandler, FrontServer, HttpError, Limits
 from smsproxy import (
-    FAMILIES, ClosedError, Family, IdempotencyError, MessageStatus, OverloadedError,
+    ClosedError, Gauge, IdempotencyError, MessageStatus, MetricSet, OverloadedError,
     RepositoryUnavailableError, SendMessage, SmsProxy, ValidationError,
 )  # fmt: skip
 
@@ -49,15 +49,32 @@ FORM = re.compile(r"[A-Za-z_]+=")
 LANES = 4  # groups that a blocking repository works on at a time; its waits overlap then
 STATUS_BODIES = {status: json.dumps({"Status": status.value}).encode() + b"\n" for status in MessageStatus}
 FILES = {"/openapi.json": ("openapi.json", "application/json"), "/": ("page.html", "text/html; charset=utf-8")}
-HTTP_FAMILIES = (
-    Family("smsproxy_http_connections", "gauge", "Connections that are open."),
-    Family("smsproxy_http_connections_limit", "gauge", "With so many connections others wait in the backlog."),
-    Family("process_cpu_seconds_total", "counter", "Processor time that this process used."),
-    Family("process_start_time_seconds", "gauge", "When this process started, in seconds since 1970."),
-    Family("process_resident_memory_bytes", "gauge", "Memory that this process holds."),
-    Family("process_open_fds", "gauge", "File descriptors that are open."),
-    Family("process_max_fds", "gauge", "File descriptors that may be open."),
-)
+
+
+class HttpMetrics(MetricSet):
+    """What is measured of connections and of this process."""
+
+    def __init__(self, limit: int) -> None:
+        self.connections = Gauge("smsproxy_http_connections", "Connections that are open.")
+        self.limit = Gauge("smsproxy_http_connections_limit", "With so many connections others wait in the backlog.")
+        self.limit.value = limit
+        self.cpu = Gauge("process_cpu_seconds_total", "Processor time that this process used.", "counter")
+        self.start = Gauge("process_start_time_seconds", "When this process started, in seconds since 1970.")
+        self.start.value = time.time() - time.process_time()
+        self.memory = Gauge("process_resident_memory_bytes", "Memory that this process holds.")
+        self.open_fds = Gauge("process_open_fds", "File descriptors that are open.")
+        self.max_fds = Gauge("process_max_fds", "File descriptors that may be open.")
+
+    def measure(self, connections: int) -> None:
+        """Sets the gauges; what the system does not tell has no value."""
+        self.connections.value, self.cpu.value = connections, time.process_time()
+        self.max_fds.value = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.memory.value = pages * os.sysconf("SC_PAGESIZE")
+            self.open_fds.value = len(os.listdir("/proc/self/fd"))
+        except OSError:  # not Linux
+            self.memory.value = self.open_fds.value = None
 
 
 def data_file(name: str) -> bytes:
@@ -148,7 +165,8 @@ class SmsServer(FrontServer):
         self.statuses = Group(self, self._status_bodies, SmsHandler.found)
         # One at a time, and its result for all who ask meanwhile: anybody may ask.
         self.healths = Group(self, lambda items: [proxy.health()] * len(items), SmsHandler.healthy, lanes=1)
-        self.metrics = Group(self, lambda items: [proxy.gauges()] * len(items), SmsHandler.measured, lanes=1)
+        self.metrics = Group(self, lambda items: [proxy.measure()] * len(items), SmsHandler.measured, lanes=1)
+        self.own_metrics = HttpMetrics(limits.connections)
         self.asking: list[Group] = []  # the groups that have something to ask for in this iteration
         super().__init__(address, SmsHandler, limits, workers=2 * LANES + 2 if proxy.blocking else 0, **options)
 
@@ -255,9 +273,9 @@ class SmsHandler(FrontHandler):
             doc["Warnings"] = warnings
         self.respond(HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK, _json(doc))
 
-    def measured(self, gauges: Mapping[str, float]) -> None:
+    def measured(self, nothing: None) -> None:
         """Responds with the figures for Prometheus."""
-        text = "\n".join((*_exposition(self.server, gauges), ""))
+        text = "\n".join((*_exposition(self.server), ""))
         self.respond(HTTPStatus.OK, text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _authorize(self) -> None:
@@ -349,42 +367,11 @@ def decode(body: bytes) -> SendMessage:
 # Metrics
 
 
-def _process() -> dict[str, float]:
-    """Figures of this process; 0 for what the system does not tell."""
-    figures = {
-        "process_cpu_seconds_total": time.process_time(),
-        "process_start_time_seconds": _STARTED,
-        "process_max_fds": float(resource.getrlimit(resource.RLIMIT_NOFILE)[0]) if resource else 0.0,
-        "process_resident_memory_bytes": 0.0,
-        "process_open_fds": 0.0,
-    }
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        figures["process_resident_memory_bytes"] = float(pages * os.sysconf("SC_PAGESIZE"))
-        figures["process_open_fds"] = float(len(os.listdir("/proc/self/fd")))
-    except OSError:  # not Linux
-        pass
-    return figures
-
-
-_STARTED = time.time() - time.process_time()  # as near as a module can tell
-
-
-def _exposition(server: SmsServer, gauges: Mapping[str, float]) -> Iterator[str]:
+def _exposition(server: SmsServer) -> Iterator[str]:
     """The lines of Prometheus text format 0.0.4."""
-    rows = server.proxy.metrics.rows()
-    figures = {**gauges, **_process(), "smsproxy_http_connections": server.open_connections,
-               "smsproxy_http_connections_limit": server.limits.connections}  # fmt: skip
-    rows.update({(name, ""): [value] for name, value in figures.items()})
-    for family in (*FAMILIES, *HTTP_FAMILIES):
-        yield from (f"# HELP {family.name} {family.help}", f"# TYPE {family.name} {family.kind}")
-        for value in family.values:
-            labels = f'{family.label}="{value}"' if family.label else ""
-            row = rows[family.name, value]
-            if family.bounds:
-                yield from _histogram(family, labels, row)
-            else:
-                yield f"{_series(family.name, labels)} {row[0]:.15g}"
+    server.own_metrics.measure(server.open_connections)
+    yield from server.proxy.metrics.text()
+    yield from server.own_metrics.text()
     yield from ("# HELP smsproxy_http_responses_total HTTP responses, by route and code.",
                 "# TYPE smsproxy_http_responses_total counter")  # fmt: skip
     names = {route.name for route in (MESSAGE, *ROUTES.values())}
@@ -393,18 +380,4 @@ def _exposition(server: SmsServer, gauges: Mapping[str, float]) -> Iterator[str]
         yield f'smsproxy_http_responses_total{{route="{name}",code="{code:d}"}} {count}'
     labels = f'version="{server.version}",python="{platform.python_version()}"'
     yield from ("# HELP smsproxy_build_info Which program this is.", "# TYPE smsproxy_build_info gauge",
-                f"{_series('smsproxy_build_info', labels)} 1")  # fmt: skip
-
-
-def _series(name: str, labels: str) -> str:
-    return f"{name}{{{labels}}}" if labels else name
-
-
-def _histogram(family: Family, labels: str, row: Sequence[float]) -> Iterator[str]:
-    total = 0.0
-    comma = "," if labels else ""
-    for bound, count in zip((*family.bounds, "+Inf"), row):
-        total += count
-        yield f'{family.name}_bucket{{{labels}{comma}le="{bound}"}} {total:.15g}'
-    yield f"{_series(family.name + '_sum', labels)} {row[-1]:.15g}"
-    yield f"{_series(family.name + '_count', labels)} {total:.15g}"
+                f"smsproxy_build_info{{{labels}}} 1")  # fmt: skip

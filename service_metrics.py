@@ -1,94 +1,179 @@
-"""Counters and histograms for monitoring."""
+"""Metrics and their text for Prometheus: counters, gauges and histograms, as attributes of one `Metrics`."""
 from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 from message_model import FINAL_STATUSES, Reason
 
-__all__ = ["FAMILIES", "Family", "Metrics"]
+__all__ = ["Counter", "Gauge", "Histogram", "Metric", "MetricSet", "Metrics"]
+
+ANY = ("",)  # the value of the label of a metric that has no label
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One metric: its name, type, help, and from the start every value of its label and every bucket's bound."""
+class Metric:
+    """One metric: its name, what it says, its label with every value that there is from the start. Thread-safe."""
 
-    name: str
-    kind: str  # counter, gauge or histogram
-    help: str
-    label: str = ""
-    values: tuple[str, ...] = ("",)
-    bounds: tuple[float, ...] = ()
+    kind = ""
 
+    def __init__(self, name: str, says: str, label: str = "", values: Sequence[str] = ANY) -> None:
+        self.name, self.says, self._label = name, says, label
+        self._lock = threading.Lock()  # guards what a subclass keeps for each value
+        self._labels = {value: f'{label}="{value}"' if label else "" for value in values}
 
-_SHORT = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
-_LONG = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0)  # seconds
-_RESULTS = ("ok", "rejected", "error")
-FAMILIES = (
-    Family("smsproxy_messages_accepted_total", "counter", "Messages accepted."),
-    Family("smsproxy_messages_handed_over_total", "counter", "Messages that FastSMSing took."),
-    Family("smsproxy_messages_given_up_total", "counter", "Messages given up, by reason.", "reason",
-           tuple(reason.value for reason in Reason)),
-    Family("smsproxy_messages_final_total", "counter", "Messages that reached a final status.", "status",
-           tuple(sorted(status.value for status in FINAL_STATUSES))),
-    Family("smsproxy_batches_total", "counter", "Batches by how they ended; a rejected one is split.", "result",
-           ("handed_over", "split", "given_up")),
-    Family("smsproxy_batch_messages", "histogram", "Messages in a request.",
-           bounds=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)),
-    Family("smsproxy_provider_requests_total", "counter", "Requests to FastSMSing, billed each.", "result", _RESULTS),
-    Family("smsproxy_provider_request_duration_seconds", "histogram", "Duration of requests to FastSMSing.",
-           "result", _RESULTS, _SHORT),
-    Family("smsproxy_handover_wait_seconds", "histogram", "Time from acceptance to the hand-over.",
-           bounds=_LONG),
-    Family("smsproxy_final_status_seconds", "histogram", "Time from acceptance to a final status.", bounds=_LONG),
-    Family("smsproxy_status_updates_total", "counter", "Delivery reports, by what became of them.", "result",
-           ("applied", "refused", "unknown_message", "unknown_status", "error")),
-    Family("smsproxy_provider_requests_in_flight", "gauge", "Requests to FastSMSing under way."),
-    Family("smsproxy_requests_saved", "gauge", "Messages handed over less all requests made."),
-    Family("smsproxy_pending_messages", "gauge", "Messages accepted and not yet handed over."),
-    Family("smsproxy_pending_messages_limit", "gauge", "With so many pending messages no more are accepted."),
-    Family("smsproxy_oldest_pending_message_age_seconds", "gauge", "Age of the oldest pending message, 0 without one."),
-    Family("smsproxy_database_bytes", "gauge", "Size of the database file, 0 without one."),
-    Family("smsproxy_circuit_breaker_open_seconds", "gauge", "Time since requests stopped, 0 while they are made."),
-    Family("smsproxy_circuit_breaker_next_try_seconds", "gauge", "Time until the next request, if open."),
-)  # fmt: skip
+    def text(self) -> Iterator[str]:
+        """Its lines in the text format 0.0.4; none when it has no figure."""
+        if lines := list(self._samples()):
+            yield from (f"# HELP {self.name} {self.says}", f"# TYPE {self.name} {self.kind}", *lines)
+
+    def _samples(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def _series(self, suffix: str = "", *labels: str) -> str:
+        joined = ",".join(filter(None, labels))
+        return f"{self.name}{suffix}{{{joined}}}" if joined else self.name + suffix
 
 
-class Metrics:
-    """Counters and histograms for monitoring, all at 0 from the start. Thread-safe."""
+class Counter(Metric):
+    """A number that only grows, for each value of its label."""
+
+    kind = "counter"
+
+    def __init__(self, name: str, says: str, label: str = "", values: Sequence[str] = ANY) -> None:
+        super().__init__(name, says, label, values)
+        self._counts = dict.fromkeys(values, 0.0)
+
+    def add(self, amount: float = 1, value: str = "") -> None:
+        """Counts."""
+        with self._lock:
+            self._counts[value] += amount
+
+    @property
+    def total(self) -> float:
+        """The sum over the values of the label."""
+        with self._lock:
+            return sum(self._counts.values())
+
+    def count(self, value: str = "") -> float:
+        """The number for one value of the label."""
+        return self._counts[value]
+
+    def _samples(self) -> Iterator[str]:
+        for value, labels in self._labels.items():
+            yield f"{self._series('', labels)} {self._counts[value]:.15g}"
+
+
+class Gauge(Metric):
+    """The present figure of something; None while nobody knows it, and then it is left out."""
+
+    kind = "gauge"
+
+    def __init__(self, name: str, says: str, kind: str = "gauge") -> None:
+        super().__init__(name, says)
+        self.kind = kind
+        self.value: float | None = 0.0
+
+    def _samples(self) -> Iterator[str]:
+        value = self.value
+        if value is not None:
+            yield f"{self.name} {value:.15g}"
+
+
+class Histogram(Metric):
+    """How many values fell into each bucket, and their sum, for each value of its label."""
+
+    kind = "histogram"
+
+    def __init__(
+        self, name: str, says: str, bounds: Sequence[float], label: str = "", values: Sequence[str] = ANY
+    ) -> None:
+        super().__init__(name, says, label, values)
+        self._bounds = bounds
+        # The count of each bucket, of what exceeds them all, and the sum.
+        self._rows = {value: [0.0] * (len(bounds) + 2) for value in values}
+
+    def observe(self, observed: Iterable[float], value: str = "") -> None:
+        """Adds these."""
+        with self._lock:
+            row = self._rows[value]
+            for each in observed:
+                row[bisect.bisect_left(self._bounds, each)] += 1
+                row[-1] += each
+
+    @property
+    def total(self) -> float:
+        """How many were observed."""
+        with self._lock:
+            return sum(sum(row[:-1]) for row in self._rows.values())
+
+    def _samples(self) -> Iterator[str]:
+        for value, labels in self._labels.items():
+            with self._lock:
+                row = list(self._rows[value])
+            total = 0.0
+            for bound, count in zip((*self._bounds, "+Inf"), row):
+                total += count
+                limit = f'le="{bound}"'
+                yield f"{self._series('_bucket', labels, limit)} {total:.15g}"
+            yield f"{self._series('_sum', labels)} {row[-1]:.15g}"
+            yield f"{self._series('_count', labels)} {total:.15g}"
+
+
+class MetricSet:
+    """Metrics that are attributes of it."""
+
+    def text(self) -> Iterator[str]:
+        """The lines of all of them in the text format 0.0.4; soon stale."""
+        for metric in vars(self).values():
+            if isinstance(metric, Metric):
+                yield from metric.text()
+
+
+SHORT = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
+LONG = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0, 86400.0)  # seconds
+LINGERS = (0.0, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 14400.0, 86400.0)  # seconds
+REQUEST_RESULTS = ("ok", "rejected", "error")
+
+
+class Metrics(MetricSet):
+    """What the domain counts, all at 0 from the start. Thread-safe."""
 
     def __init__(self) -> None:
-        self._bounds = {family.name: family.bounds for family in FAMILIES}
-        self._lock = threading.Lock()  # guards _rows
-        # A counter's value; of a histogram the count of each bucket, of what exceeds them all, and the sum.
-        self._rows: dict[tuple[str, str], list[float]] = {
-            (family.name, value): [0.0] * (len(family.bounds) + 2 if family.bounds else 1)
-            for family in FAMILIES if family.kind != "gauge" for value in family.values
-        }  # fmt: skip
-
-    def add(self, name: str, label: str = "", amount: float = 1) -> None:
-        """Adds to a counter."""
-        with self._lock:
-            self._rows[name, label][0] += amount
-
-    def observe(self, name: str, values: Iterable[float], label: str = "") -> None:
-        """Adds values to a histogram."""
-        bounds = self._bounds[name]
-        with self._lock:
-            row = self._rows[name, label]
-            for value in values:
-                row[bisect.bisect_left(bounds, value)] += 1
-                row[-1] += value
-
-    def total(self, name: str) -> float:
-        """The sum of a counter over the values of its label."""
-        with self._lock:
-            return sum(row[0] for (each, _), row in self._rows.items() if each == name)
-
-    def rows(self) -> dict[tuple[str, str], list[float]]:
-        """The figures so far by name and value of the label: one for a counter; for a histogram the count of each
-        bucket, the count beyond the last, and the sum. They are soon stale."""
-        with self._lock:
-            return {key: list(row) for key, row in self._rows.items()}
+        self.accepted = Counter("smsproxy_messages_accepted_total", "Messages accepted.")
+        self.refused = Counter("smsproxy_refused_total", "Messages refused with a 503, by cause.", "reason",
+                               ("queue_full", "stopping", "database"))  # fmt: skip
+        self.handed_over = Counter("smsproxy_messages_handed_over_total", "Messages that FastSMSing took.")
+        self.given_up = Counter("smsproxy_messages_given_up_total", "Messages given up, by reason.", "reason",
+                                [reason.value for reason in Reason])  # fmt: skip
+        self.final = Counter("smsproxy_messages_final_total", "Messages that reached a final status.", "status",
+                             sorted(status.value for status in FINAL_STATUSES))  # fmt: skip
+        self.batches = Counter("smsproxy_batches_total", "Batches by how they ended; a rejected one is split.", "result",
+                               ("handed_over", "split", "given_up"))  # fmt: skip
+        self.batch_messages = Histogram("smsproxy_batch_messages", "Messages in a request.",
+                                        (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))  # fmt: skip
+        self.lead_delay = Histogram("smsproxy_batch_lead_delay_seconds",
+                                    "Linger of each batch's first message, on whose account the request is paid.",
+                                    LINGERS)  # fmt: skip
+        self.requests = Counter("smsproxy_provider_requests_total", "Requests to FastSMSing, billed each.", "result",
+                                REQUEST_RESULTS)  # fmt: skip
+        self.request_duration = Histogram("smsproxy_provider_request_duration_seconds",
+                                          "Duration of requests to FastSMSing.", SHORT, "result", REQUEST_RESULTS)  # fmt: skip
+        self.handover_wait = Histogram("smsproxy_handover_wait_seconds", "Time from acceptance to the hand-over.", LONG)
+        self.final_time = Histogram("smsproxy_final_status_seconds", "Time from acceptance to a final status.", LONG)
+        self.reports = Counter("smsproxy_status_updates_total", "Delivery reports, by what became of them.", "result",
+                               ("applied", "refused", "unknown_message", "unknown_status", "error"))  # fmt: skip
+        self.in_flight = Gauge("smsproxy_provider_requests_in_flight", "Requests to FastSMSing under way.")
+        self.requests_saved = Gauge("smsproxy_requests_saved", "Messages handed over less all requests made.")
+        self.pending = Gauge("smsproxy_pending_messages", "Messages accepted and not yet handed over.")
+        self.pending_limit = Gauge("smsproxy_pending_messages_limit",
+                                   "With so many pending messages no more are accepted.")  # fmt: skip
+        self.oldest_age = Gauge("smsproxy_oldest_pending_message_age_seconds",
+                                "Age of the oldest pending message, 0 without one.")  # fmt: skip
+        self.past_due = Gauge("smsproxy_oldest_past_due_seconds",
+                              "Time since the first pending message was due, 0 if none is.")  # fmt: skip
+        self.database_bytes = Gauge("smsproxy_database_bytes", "Size of the database, 0 without one.")
+        self.breaker_open = Gauge("smsproxy_circuit_breaker_open_seconds",
+                                  "Time since requests stopped, 0 while they are made.")  # fmt: skip
+        self.next_try = Gauge("smsproxy_circuit_breaker_next_try_seconds", "Time until the next request, if open.")
+        self.stand_in = Gauge("smsproxy_provider_stand_in", "1 if the provider is the stand-in, which sends nothing.")

@@ -8,35 +8,33 @@ import hashlib
 import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from base_repository import FORGET_STEP, RETENTION, Claim, Repository
+from base_repository import RETENTION, Ages, Claim, Repository
 from batch_scheduler import SmsProxyConfig
-from batching_client import CircuitBreaker, SimpleBatchingClient
+from batching_client import ResultSink, SimpleBatchingClient
 from client_statistics import ClientStatistics, Statistics
-from fastsmsing import FastSmsingClient
+from fastsmsing import FastSmsingClient, InMemoryClient
 from incident_log import Incident, describe
 from memory_repository import InMemoryRepository
-from message_ids import NewIds, id_of_key
+from message_ids import NewIds, id_of_key, is_ours
 from message_model import (
-    FINAL_STATUSES, STATUS_OF, TRANSITIONS, Batch, ClientResult, ClosedError, DuplicateMessageError, Entry,
-    IdempotencyError, MessageStatus, OverloadedError, Reason, RepositoryUnavailableError, SendingResult, SendMessage,
-    SmsProxyError, StatusTransitionError, UnknownMessageError, UnknownStatusError, ValidationError, check_transition,
+    FINAL_STATUSES, TRANSITIONS, Batch, ClientResult, ClosedError, DuplicateMessageError, Entry, IdempotencyError,
+    MessageStatus, OverloadedError, Reason, RepositoryUnavailableError, SendingResult, SendMessage, SmsProxyError,
+    StatusTransitionError, UnknownMessageError, UnknownStatusError, ValidationError, check_transition,
     map_to_internal_status,
 )  # fmt: skip
-from service_metrics import FAMILIES, Family, Metrics
+from service_metrics import Counter, Gauge, Histogram, Metrics, MetricSet
 from status_updater import StatusUpdateError, StatusUpdater
-from worker_threads import GRACE, rest
+from worker_threads import GRACE, Deadline
 
 __all__ = [
-    "Batch", "CircuitBreaker", "Claim", "ClientResult", "ClientStatistics", "ClosedError", "DuplicateMessageError",
-    "Entry", "FAMILIES", "FINAL_STATUSES", "FORGET_STEP", "Family", "IdempotencyError", "InMemoryRepository", "Incident",
-    "MessageStatus", "Metrics", "OverloadedError", "RETENTION", "Reason", "Repository", "RepositoryUnavailableError",
-    "STATUS_OF", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy", "SmsProxyConfig", "SmsProxyError",
-    "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater", "TRANSITIONS", "UnknownMessageError",
-    "UnknownStatusError", "ValidationError", "check_transition", "describe", "map_to_internal_status",
+    "FINAL_STATUSES", "RETENTION", "TRANSITIONS", "Ages", "Batch", "Claim", "ClientResult", "ClientStatistics",
+    "ClosedError", "Counter", "DuplicateMessageError", "Entry", "Gauge", "Histogram", "IdempotencyError",
+    "InMemoryRepository", "Incident", "MessageStatus", "MetricSet", "Metrics", "OverloadedError", "Reason", "Repository",
+    "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy", "SmsProxyConfig",
+    "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater", "UnknownMessageError",
+    "UnknownStatusError", "ValidationError", "check_transition", "describe", "is_ours", "map_to_internal_status",
 ]  # fmt: skip
 
 log = logging.getLogger("smsproxy")
@@ -53,21 +51,23 @@ class SmsProxy:
 
     def __init__(
         self, client: FastSmsingClient, config: SmsProxyConfig = SmsProxyConfig(), *,
-        repository: Repository | None = None, statistics: Any = None, generate_id: Callable[[], str] | None = None,
+        repository: Repository | None = None, statistics: ResultSink | None = None,
+        generate_id: Callable[[], str] | None = None,
     ) -> None:  # fmt: skip
         self.statistics = ClientStatistics() if statistics is None else statistics
         self.metrics = Metrics()
         self._client = client
         self._repository = InMemoryRepository() if repository is None else repository
         self._generate_id = generate_id or NewIds()
-        self._updater = StatusUpdater(self._repository, metrics=self.metrics)
+        self._updater = StatusUpdater(self._repository, metrics=self.metrics, expire=lambda: self._batching.expire())
         self._batching = SimpleBatchingClient(
-            self._repository, client, config, self.statistics,
-            metrics=self.metrics, give_up=self._updater.updates.put, autostart=False,
+            self._repository, client, config, self.statistics, metrics=self.metrics,
+            give_up=self._updater.updates.put, remind=self._updater.remind, autostart=False,
         )  # fmt: skip
         self._lock = threading.Lock()  # held for a whole start: a second one waits for the first
         self._started = False
         self.blocking = self._repository.blocking  # whether the methods may block for long
+        self.metrics.stand_in.value = float(isinstance(client, InMemoryClient))
         client.subscribe(self._updater.updates)
 
     def __enter__(self) -> SmsProxy:
@@ -99,10 +99,10 @@ class SmsProxy:
         """
         message.validate()
         if idempotency_key is None:
-            return Entry(message.to_message(self._generate_id()))
+            return self._batching.config.entry(message, self._generate_id())
         content = "\0".join((idempotency_key, message.phone_number, message.message))
         fingerprint = hashlib.sha256(content.encode(errors="surrogatepass")).digest()[:16]
-        return Entry(message.to_message(id_of_key(idempotency_key)), fingerprint)
+        return self._batching.config.entry(message, id_of_key(idempotency_key), fingerprint)
 
     def accept_all(self, entries: Sequence[Entry]) -> list[Exception | None]:
         """Accepts each entry or refuses it by itself; returns None or what `send` would raise for it, in order.
@@ -133,9 +133,27 @@ class SmsProxy:
         """Why the proxy itself gave the message up; None for every other message."""
         return self._repository.reason(message_id)
 
-    def gauges(self) -> dict[str, float]:
-        """Present figures for monitoring, by metric name; soon stale. May block for the repository."""
-        return self._batching.gauges()
+    def cancel(self, message_id: str) -> bool:
+        """Sees to it that a message that waits is never sent: it becomes `FAILED` as cancelled.
+
+        Returns whether it is cancelled, now or before; False for one that is in a batch, handed over, final or
+        unknown. Blocks for the repository only.
+        """
+        before = self._repository.get(message_id)
+        if not self._repository.cancel(message_id):
+            return False
+        if before is MessageStatus.ACCEPTED:
+            self.metrics.given_up.add(1, Reason.CANCELLED.value)
+            self.metrics.final.add(1, MessageStatus.FAILED.value)
+        return True
+
+    def measure(self) -> None:
+        """Sets the gauges in `metrics`. May block for the repository; what it cannot tell just now has no value."""
+        self._batching.measure()
+
+    def dead_threads(self) -> list[str]:
+        """The names of threads that should run and do not. Never blocks."""
+        return self._batching.dead_threads() + (["smsproxy-updater-1"] if self._updater.dead else [])
 
     def health(self) -> tuple[list[str], list[str]]:
         """Why this instance should get no traffic, and other warnings. May block for the repository."""
@@ -147,7 +165,9 @@ class SmsProxy:
         except RepositoryUnavailableError as error:
             reasons.append(str(error))
         if self._updater.dead:
-            reasons.append("the status updater is dead")
+            reasons.append("smsproxy-updater-1 is dead")
+        if self.metrics.stand_in.value:
+            warnings.append("the provider is the stand-in, which sends nothing to anybody")
         return reasons, warnings
 
     def drain(self) -> None:
@@ -160,16 +180,17 @@ class SmsProxy:
         Blocks for `timeout` seconds and a little more at most; returns how many messages could not be
         handed over, see `SimpleBatchingClient.stop`.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         left = self._batching.stop(timeout)
+        ending = deadline.or_in(GRACE)
         # In a thread of its own: a client that hangs must not hold up the end.
         closing = threading.Thread(target=self._stop_client, name="smsproxy-closer-1", daemon=True)
         try:
             closing.start()
-            closing.join(rest(deadline))
+            closing.join(ending.left)
         except RuntimeError:  # the system has no thread left
             self._stop_client()
-        if not self._updater.stop(None if deadline is None else rest(deadline)):
+        if not self._updater.stop(ending.left):
             log.error("stopped before all delivery reports were applied")
         return left
 

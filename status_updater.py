@@ -1,8 +1,9 @@
-"""Applies delivery reports, and forgets what is due."""
+"""Applies delivery reports, and keeps house: what is too old expires, and what is over is forgotten."""
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -11,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from base_repository import Repository
-from incident_log import Incident, describe, location
+from incident_log import Incident, counted, location, named
 from message_ids import time_of
 from message_model import (
     FINAL_STATUSES, STATUS_OF, TRANSITIONS, MessageStatus, Reason, RepositoryUnavailableError, StatusTransitionError,
     UnknownMessageError, UnknownStatusError, map_to_internal_status,
 )  # fmt: skip
 from service_metrics import Metrics
-from worker_threads import GRACE, persist, work_in_background
+from worker_threads import GRACE, Deadline, persist, work_in_background
 
 __all__ = ["StatusUpdateError", "StatusUpdater"]
 
@@ -27,6 +28,9 @@ log = logging.getLogger("smsproxy")
 UPDATES_WAITING = 10_000  # delivery reports the provider may be ahead of us before it has to wait
 UPDATES_AT_ONCE = 500  # statuses in one transaction, or some more: it holds up those who accept messages
 ERRORS_WAITING = 1_000  # failed updates kept for whoever reads `StatusUpdater.errors`
+EARLY = 0.5  # seconds; an expiry that comes no more than this before the next look for one waits for that look
+
+Updates = dict[str, MessageStatus | Reason]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +43,13 @@ class StatusUpdateError:
 
 
 class StatusUpdater:
-    """Applies delivery reports, and forgets what is due, from a thread of its own.
+    """Applies delivery reports from a thread of its own, which keeps house, too. Thread-safe.
 
     `updates` takes mappings of message ID to status, or to the `Reason` of a message given up; it is bounded,
-    so whoever is faster than the repository waits. `errors` gets what could not be applied; it is bounded,
-    too: when full the oldest goes, and `errors_dropped` counts it.
+    so whoever is faster than the repository waits. `updates.join()` returns once all that was put is stored; it
+    never does for reports that a stop had to give up. `errors` gets what could not be applied; it is bounded,
+    too: when full the oldest goes, and `errors_dropped` counts it. `expire` makes a step of what expires, as
+    `SimpleBatchingClient.expire` does.
     """
 
     RESULTS: Mapping[type[Exception], str] = {
@@ -53,18 +59,24 @@ class StatusUpdater:
     }
 
     def __init__(
-        self, repository: Repository, *, metrics: Metrics | None = None, wall_clock: Callable[[], float] = time.time
-    ) -> None:
+        self, repository: Repository, *, metrics: Metrics | None = None, wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic, expire: Callable[[], tuple[list[str], float]] | None = None,
+    ) -> None:  # fmt: skip
         self.updates: queue.Queue[Mapping[str, object] | None] = queue.Queue(UPDATES_WAITING)
         self.errors: queue.Queue[StatusUpdateError] = queue.Queue(ERRORS_WAITING)
         self.errors_dropped = 0
-        self._repository, self._wall_clock = repository, wall_clock
+        self._repository, self._wall_clock, self._clock, self._expire = repository, wall_clock, clock, expire
         self._metrics = metrics or Metrics()
         self._incident = Incident(log, "status updates cannot be stored")
-        self._forgetting = Incident(log, "messages that are due cannot be forgotten")
+        self._forgetting = Incident(log, "messages whose time is over cannot be forgotten")
+        self._unexpected = Incident(log, "the status updater goes on after an error")
+        self._refused = {kind: Incident(log, "delivery reports are not applied", level=logging.WARNING)
+                         for kind in (UnknownStatusError, UnknownMessageError, Exception)}  # fmt: skip
         self._end: Mapping[str, object] = {}  # a stop puts it into `updates`; None is the end of one source of reports
         self._ended = False
         self._over = threading.Event()  # set when a stop has waited long enough
+        self._lock = threading.Lock()  # guards the following
+        self._expire_at = -math.inf if expire else math.inf  # when to look for what has expired
         self._thread = threading.Thread(target=self._run, name="smsproxy-updater-1", daemon=True)
 
     def start(self) -> None:
@@ -74,11 +86,11 @@ class StatusUpdater:
 
     def stop(self, timeout: float | None = None) -> bool:
         """Applies what is in `updates` and ends the thread; False if that took more than `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         if self._thread.is_alive():
             with contextlib.suppress(queue.Full):  # it hangs, which the join will tell
-                self.updates.put(self._end, timeout=timeout)
-            self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                self.updates.put(self._end, timeout=deadline.left)
+            self._thread.join(deadline.left)
             self._over.set()
             self._thread.join(GRACE)
         return not self._thread.is_alive()
@@ -88,22 +100,35 @@ class StatusUpdater:
         """Whether the thread was started and runs no more."""
         return self._thread.ident is not None and not self._thread.is_alive()
 
+    def remind(self, seconds: float) -> None:
+        """Something expires in so many seconds: wakes the thread then, or now if it is to look later. Never blocks."""
+        at = self._clock() + seconds
+        with self._lock:
+            if self._expire is None or at > self._expire_at - EARLY:
+                return
+            self._expire_at = at
+        with contextlib.suppress(queue.Full):  # then the thread is busy, and sees it after that
+            self.updates.put_nowait({})
+
+    # The thread
+
     def _run(self) -> None:
         work_in_background()
         wait: float | None = 0.0
         while not self._ended:
-            reports: list[Mapping[str, object] | None] = []
             try:
                 reports = self._next(wait)
                 self._ended = any(each is self._end for each in reports)
                 self._apply([each for each in reports if each is not None])
-                wait = None if self._ended else self._forget()
-            except Exception as error:
-                log.error("the status updater goes on after a %s", location(error))
-                wait = Incident.PAUSE
-            finally:
                 for _ in reports:
                     self.updates.task_done()
+                wait = None if self._ended else self._keep_house()
+            except RepositoryUnavailableError:  # only at the end
+                log.error("stopped before the last delivery reports were stored")
+                return
+            except Exception as error:
+                self._unexpected.failed(location(error))
+                wait = Incident.PAUSE
 
     def _next(self, wait: float | None) -> list[Mapping[str, object] | None]:
         """What waits in `updates`, as much as is applied together; nothing if nothing comes in time."""
@@ -117,7 +142,7 @@ class StatusUpdater:
 
     def _apply(self, reports: Iterable[Mapping[str, object]]) -> None:
         """Applies the reports in their order. Of a message's statuses that may follow each other the last is enough."""
-        pending: dict[str, MessageStatus | Reason] = {}
+        pending: Updates = {}
         replaced: Counter[str] = Counter()  # statuses of a message that nobody needs to store
         for report in reports:
             updates = self._updates(report)
@@ -131,49 +156,54 @@ class StatusUpdater:
             pending.update(updates)
         self._store(pending, replaced)
 
-    def _updates(self, report: object) -> dict[str, MessageStatus | Reason]:
+    def _updates(self, report: object) -> Updates:
         """What a report says, less what makes no sense, which fails."""
-        updates: dict[str, MessageStatus | Reason] = {}
+        updates: Updates = {}
         failures: list[StatusUpdateError] = []
-        if not isinstance(report, Mapping):
-            log.error("a delivery report is not a mapping but a %s", type(report).__name__)
-            return updates
-        for message_id, status in report.items():
-            try:
-                if not isinstance(message_id, str):
-                    raise UnknownMessageError("the ID is not a string")
-                updates[message_id] = status if isinstance(status, Reason) else map_to_internal_status(status)
-            except (UnknownMessageError, UnknownStatusError) as error:
-                failures.append(StatusUpdateError(error, message_id, status))
-        self._fail(failures)
+        try:
+            for message_id, status in report.items() if isinstance(report, Mapping) else {"": report}.items():
+                try:
+                    if not isinstance(message_id, str) or not isinstance(report, Mapping):
+                        raise UnknownMessageError(f"a {type(report).__name__} whose IDs are no strings")
+                    updates[message_id] = status if isinstance(status, Reason) else map_to_internal_status(status)
+                except (UnknownMessageError, UnknownStatusError) as error:
+                    failures.append(StatusUpdateError(error, message_id, status))
+        except Exception as error:  # somebody else's class; what it told before is applied
+            failures.append(StatusUpdateError(error, "", None))
+        self._fail(failures, Counter())
         return updates
 
-    def _store(self, updates: Mapping[str, MessageStatus | Reason], replaced: Counter[str]) -> None:
+    def _store(self, updates: Updates, replaced: Counter[str]) -> None:
         if not updates:
             return
         try:
             errors = persist(lambda: self._repository.update_all(updates), self._over, self._incident)
+        except RepositoryUnavailableError:
+            raise
         except Exception as error:  # whatever it is, it is told of each of them
             errors = dict.fromkeys(updates, error)
         applied = {message_id: update for message_id, update in updates.items() if message_id not in errors}
+        self._count(applied, replaced)
+        failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
+        if failed:
+            log.info("FastSMSing reports %s as FAILED: %s", counted(len(failed), "message"), named(failed))
+        failures = [StatusUpdateError(error, message_id, updates[message_id]) for message_id, error in errors.items()]
+        self._fail(failures, replaced)
+
+    def _count(self, applied: Updates, replaced: Counter[str]) -> None:
         counts = Counter(applied.values())
         for update, count in counts.items():
             if STATUS_OF[update] in FINAL_STATUSES:
-                self._metrics.add("smsproxy_messages_final_total", STATUS_OF[update].value, count)
+                self._metrics.final.add(count, STATUS_OF[update].value)
         reports = sum(count for update, count in counts.items() if isinstance(update, MessageStatus))
         reports += sum(count for message_id, count in replaced.items() if message_id in applied)
-        self._metrics.add("smsproxy_status_updates_total", "applied", reports)
+        self._metrics.reports.add(reports, "applied")
         now = self._wall_clock()
         times = [time_of(each) for each, update in applied.items() if update is not MessageStatus.CONFIRMED]
-        ages = [max(0.0, now - each) for each in times if each is not None]
-        self._metrics.observe("smsproxy_final_status_seconds", ages)
-        if counts[MessageStatus.FAILED]:
-            failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
-            log.info("FastSMSing reports %d messages as FAILED: %s", len(failed), " ".join(failed))
-        self._fail([StatusUpdateError(error, message_id, updates[message_id]) for message_id, error in errors.items()])
+        self._metrics.final_time.observe([max(0.0, now - each) for each in times if each is not None])
 
-    def _fail(self, failures: Sequence[StatusUpdateError]) -> None:
-        """Counts the failures, logs those of a kind in one line, and keeps them for whoever reads `errors`."""
+    def _fail(self, failures: Sequence[StatusUpdateError], replaced: Counter[str]) -> None:
+        """Counts the failures, logs those of a kind as one, and keeps them for whoever reads `errors`."""
         kinds: dict[type[Exception], list[StatusUpdateError]] = {}
         for failure in failures:
             kinds.setdefault(type(failure.error), []).append(failure)
@@ -183,11 +213,44 @@ class StatusUpdater:
                     self.errors_dropped += 1
             self.errors.put_nowait(failure)  # nobody else puts
         for kind, alike in kinds.items():
-            self._metrics.add("smsproxy_status_updates_total", self.RESULTS.get(kind, "error"), len(alike))
-            harmless = kind is StatusTransitionError  # repeated or overtaken
-            level = logging.DEBUG if harmless else logging.WARNING
-            log.log(level, "%d status updates were not applied (%s), the first of message %.80r",
-                    len(alike), describe(alike[0].error), alike[0].message_id)  # fmt: skip
+            count = len(alike) + sum(replaced[failure.message_id] for failure in alike)
+            self._metrics.reports.add(count, self.RESULTS.get(kind, "error"))
+            first, ids = alike[0].error, [failure.message_id for failure in alike]
+            what = first if kind is UnknownStatusError else kind.__name__
+            text = f"{counted(count, 'report')}, {what}, on {named(ids)}"
+            if kind is StatusTransitionError:  # harmless: repeated or overtaken
+                log.debug("delivery reports are not applied: %s", text)
+            else:
+                self._refused.get(kind, self._refused[Exception]).failed(text)
+
+    # Keeping house
+
+    def _keep_house(self) -> float | None:
+        """Forgets and expires a few messages; returns the seconds until it is to be called again."""
+        forget = self._forget()
+        with self._lock:
+            wait = self._expire_at - self._clock()
+            if wait <= 0:
+                self._expire_at = math.inf  # a reminder that comes now counts
+        if wait <= 0 and self._expire is not None:
+            following = Incident.PAUSE
+            try:
+                expired, following = self._expire()
+            finally:
+                with self._lock:
+                    self._expire_at = min(self._expire_at, self._clock() + following)
+                    wait = max(0.0, self._expire_at - self._clock())
+            if expired:
+                self._apply_behind(dict.fromkeys(expired, Reason.EXPIRED))
+        waits = [each for each in (forget, wait) if each is not None and each != math.inf]
+        return min(waits, default=None)
+
+    def _apply_behind(self, updates: Mapping[str, Reason]) -> None:
+        """Applies updates behind the delivery reports that came before."""
+        try:
+            self.updates.put_nowait(updates)
+        except queue.Full:  # this thread alone takes from it
+            self._apply([updates])
 
     def _forget(self) -> float | None:
         """Forgets a few messages; returns the seconds until it is to be called again."""

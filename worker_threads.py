@@ -1,21 +1,39 @@
-"""What threads in the background share: how they are scheduled, how they repeat a change, how long they wait."""
+"""What the threads in the background share: how they are scheduled, how long they wait, how they repeat a change."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from incident_log import Incident
 from message_model import RepositoryUnavailableError
 
-__all__ = ["GRACE", "LONGEST_WAIT", "REPOSITORY_RETRY", "persist", "rest", "work_in_background"]
+__all__ = ["GRACE", "REPOSITORY_RETRY", "Deadline", "persist", "work_in_background"]
 
-LONGEST_WAIT = 3_600.0  # seconds; bounds what a provider can ask for with `retry_after`
-GRACE = 1.0  # seconds that the last steps of a stop get even when its deadline has passed
+T = TypeVar("T")
+
+GRACE = 1.0  # seconds that all the last steps of a stop together get when its deadline has passed
 REPOSITORY_RETRY = 1.0  # seconds, longest wait before the repository is tried again
+
+
+class Deadline:
+    """A moment by which something is over; with None as `seconds`, never. Immutable."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._at = math.inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """The seconds until then, at least 0, and no more than a lock can wait for."""
+        return min(max(0.0, self._at - time.monotonic()), threading.TIMEOUT_MAX)
+
+    def or_in(self, seconds: float) -> Deadline:
+        """The later one of this and so many seconds from now."""
+        return self if self.left >= seconds else Deadline(seconds)
 
 
 def work_in_background() -> None:
@@ -28,7 +46,7 @@ def work_in_background() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def persist(change: Callable[[], Any], over: threading.Event, incident: Incident) -> Any:
+def persist(change: Callable[[], T], over: threading.Event, incident: Incident) -> T:
     """Repeats a change until the repository can make it; once `over` is set, its error is raised."""
     wait = 0.1
     while True:
@@ -42,8 +60,3 @@ def persist(change: Callable[[], Any], over: threading.Event, incident: Incident
         else:
             incident.ended()
             return result
-
-
-def rest(deadline: float | None) -> float:
-    """Seconds until the deadline, and a little more when it is close or past."""
-    return GRACE if deadline is None else min(max(GRACE, deadline - time.monotonic()), LONGEST_WAIT)

@@ -1,0 +1,188 @@
+"""Carries the scheduler's rules out: one thread that looks into the outbox, and hands jobs to the senders."""
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+from base_repository import Claim, Repository
+from batch_scheduler import Job, Look, Scheduler, SmsProxyConfig
+from incident_log import Incident, location
+from message_model import LONGEST_TIME, Entry, RepositoryUnavailableError
+from service_metrics import Metrics
+from worker_threads import REPOSITORY_RETRY, work_in_background
+
+__all__ = ["Dispatcher"]
+
+log = logging.getLogger("smsproxy")
+
+
+class Dispatcher:
+    """Hands out `jobs`, one after the other, and a None to each sender at the end. Thread-safe.
+
+    Every method but `run` and `advance` tells the scheduler what happened, and takes no longer than its lock.
+    """
+
+    def __init__(
+        self, repository: Repository, config: SmsProxyConfig, metrics: Metrics, clock: Callable[[], float],
+        rng: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._repository, self._config, self._metrics, self._clock = repository, config, metrics, clock
+        self._incident = Incident(log, "no batch can be claimed", clock=clock)
+        self._lock = threading.Lock()  # guards everything below
+        self._changed = threading.Condition(self._lock)  # the next step may be another, or all is quiet
+        self._scheduler = Scheduler(config, rng, durable=repository.durable, poll=repository.poll)
+        self._over = False
+
+    def run(self) -> None:
+        """Takes one step after the other until `close`; then puts back what no request carries."""
+        work_in_background()
+        while (step := self._next()) is not None:
+            self._take(step)
+        for _ in range(self._config.senders):
+            self.jobs.put(None)
+        if self._repository.durable:
+            with self._lock:
+                ready, _ = self._scheduler.left()
+            with contextlib.suppress(RepositoryUnavailableError):  # it stays claimed, which ends with this process
+                for job in ready:
+                    self._repository.release(job.batch)
+
+    def advance(self) -> float:
+        """Takes all steps of this moment, in place of `run`; returns the seconds until the next one."""
+        while True:
+            with self._lock:
+                step = self._scheduler.next(self._clock())
+            if isinstance(step, float):
+                return step
+            self._take(step)
+
+    def _next(self) -> Job | Look | None:
+        """Waits for the next step; None when there will be no more."""
+        with self._lock:
+            while not self._over:
+                step = self._scheduler.next(self._clock())
+                if not isinstance(step, float):
+                    return step
+                self._changed.wait(None if step == math.inf else min(step, threading.TIMEOUT_MAX))
+            return None
+
+    def _take(self, step: Job | Look) -> None:
+        if isinstance(step, Job):
+            self.jobs.put(step)
+            return
+        claim = self._claim(step)
+        with self._lock:
+            self._scheduler.claimed(claim, self._clock())
+            self._changed.notify_all()
+
+    def _claim(self, look: Look) -> Claim:
+        try:
+            claim = self._repository.claim(look.size, look.horizon, flush=look.flush)
+        except RepositoryUnavailableError as error:
+            self._incident.failed(error)
+        except Exception as error:  # whatever it is, batches have to leave
+            self._incident.failed(location(error))
+        else:
+            self._incident.ended()
+            if claim.batch is not None:
+                first = claim.batch.entries[0]
+                self._metrics.lead_delay.observe([min(first.due - first.accepted_at, LONGEST_TIME)])
+            return claim
+        return Claim(None, 1, REPOSITORY_RETRY)  # nobody knows, so there may be a message
+
+    # What happens
+
+    def begin_save(self) -> bool:
+        """Announces that messages are being saved; False when no more are to be."""
+        with self._lock:
+            return self._scheduler.saving()
+
+    def end_save(self, lingers: Sequence[float]) -> None:
+        """Messages with these lingers were saved."""
+        with self._lock:
+            if self._scheduler.saved(lingers, self._clock()):
+                self._changed.notify_all()
+
+    def released(self, entries: Iterable[Entry]) -> None:
+        """These were put back into the outbox."""
+        with self._lock:
+            if self._scheduler.waits([entry.due for entry in entries], self._clock()):
+                self._changed.notify_all()
+
+    def answered(self, job: Job) -> tuple[float, int] | None:
+        """FastSMSing answered; returns for how many seconds and failed requests the breaker was open, if it was."""
+        with self._lock:
+            closed = self._scheduler.answered(job, self._clock())
+            if closed:
+                self._changed.notify_all()
+            return closed
+
+    def failed(self, job: Job, retry_after: float) -> bool:
+        """The job's request failed for a reason that may pass; returns whether that opened the breaker."""
+        with self._lock:
+            self._changed.notify_all()
+            return self._scheduler.failed(job, retry_after, self._clock())
+
+    def ended(self, job: Job, again: Iterable[Job]) -> None:
+        """The job is over; those in `again` are ready, the job itself perhaps among them."""
+        with self._lock:
+            self._scheduler.ended(job, again, self._clock())
+            self._changed.notify_all()
+
+    def abandoned(self, job: Job) -> None:
+        """An error of ours stopped the job; nobody knows whether its messages were handed over."""
+        with self._lock:
+            self._scheduler.abandoned(job, self._clock())
+            self._changed.notify_all()
+
+    def expire(self) -> tuple[list[str], float]:
+        """Takes what has expired out of the batches that wait for a retry; returns its IDs, and seconds until the next
+        does."""
+        with self._lock:
+            now = self._clock()
+            expired, following = self._scheduler.expire(now)
+            if expired:
+                self._changed.notify_all()
+            return expired, max(0.0, following - now)
+
+    def measure(self) -> tuple[float, float]:
+        """Sets the gauges; returns for how long the breaker has been open, and in how long it tries again."""
+        with self._lock:
+            now, scheduler = self._clock(), self._scheduler
+            in_flight, breaker = scheduler.in_flight, scheduler.breaker
+            open_for, next_try = breaker.open_for(now), breaker.next_try_in(now)
+        self._metrics.in_flight.value = in_flight
+        self._metrics.breaker_open.value, self._metrics.next_try.value = open_for, next_try
+        return open_for, next_try
+
+    # The end
+
+    def drain(self) -> None:
+        """From now on nothing lingers and backoffs are short; of a durable outbox nothing is claimed any more."""
+        with self._lock:
+            self._scheduler.drain(self._clock())
+            self._changed.notify_all()
+
+    def close(self, timeout: float) -> None:
+        """Refuses messages, waits until all that is to be done is done, at most for so long, and ends `run`."""
+        with self._lock:
+            self._scheduler.closed = True
+            self._changed.wait_for(lambda: self._scheduler.quiet, timeout)
+            self._over = True
+            self._changed.notify_all()
+
+    def left(self) -> list[str]:
+        """After `run` has ended: the IDs of what was not handed over. Of a durable outbox these are the messages in
+        requests of which nobody knows yet how they ended; the rest stays in it."""
+        with self._lock:
+            ready, unknown = self._scheduler.left()
+        jobs = unknown if self._repository.durable else [*ready, *unknown]
+        left = [message_id for job in jobs for message_id in job.batch.ids]
+        while not self._repository.durable and (batch := self._repository.claim(1_000, math.inf, flush=True).batch):
+            left += batch.ids
+        return left

@@ -1,0 +1,198 @@
+"""One request to FastSMSing and what follows from it."""
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from base_repository import Repository
+from batch_dispatcher import Dispatcher
+from batch_scheduler import Job, SmsProxyConfig
+from fastsmsing import FastSmsingClient, RejectedError
+from incident_log import Incident, counted, describe, location, named
+from message_model import Reason, RepositoryUnavailableError
+from service_metrics import Metrics
+from worker_threads import persist, work_in_background
+
+__all__ = ["Sender"]
+
+log = logging.getLogger("smsproxy")
+
+LONGEST_WAIT = 3_600.0  # seconds; bounds what a provider can ask for with `retry_after`
+CODE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")  # a reason that is a word of the provider's, and quotes no message
+
+GiveUp = Callable[[dict[str, Reason]], object]
+
+
+class Sender:
+    """Makes requests, one at a time for each thread that runs it. Thread-safe."""
+
+    def __init__(
+        self, repository: Repository, client: FastSmsingClient, config: SmsProxyConfig, dispatcher: Dispatcher,
+        metrics: Metrics, give_up: GiveUp | None, report: Callable[[Job], None], remind: Callable[[float], None],
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._repository, self._client, self._config, self._dispatcher = repository, client, config, dispatcher
+        self._metrics, self._report, self._remind, self._clock = metrics, report, remind, clock
+        self._give_up_all = give_up or self._record
+        self._incident = Incident(log, "what became of messages cannot be recorded", clock=clock)
+        self.over = threading.Event()  # set at the end: nothing is waited for any more
+
+    def run(self) -> None:
+        """Carries out one job after the other, until there will be no more."""
+        work_in_background()
+        while (job := self._dispatcher.jobs.get()) is not None:
+            if self.over.is_set():
+                continue  # no request for it begins; it counts as not handed over
+            try:
+                if self.prepare(job):
+                    self.request(job)
+                    again = self.conclude(job)
+                else:
+                    again = ()
+                self._dispatcher.ended(job, again)
+            except Exception as error:
+                log.error("a sender goes on after a %s; messages: %s", location(error), named(job.batch.ids))
+                self._dispatcher.abandoned(job)
+
+    def prepare(self, job: Job) -> bool:
+        """Leaves in the batch what is still to be sent; returns whether that is anything."""
+        before = job.batch
+        try:
+            job.batch = self._repository.unsent(before)
+        except RepositoryUnavailableError as error:  # as far as this process knows, all of it
+            self._incident.failed(error)
+        if not self._repository.holds(job.batch):
+            log.warning("a lease is lost, so others send: %s", named(before.ids))
+            job.batch = replace(before, entries=())
+        while expired := [entry for entry in job.batch.entries if entry.expires_at <= self._clock()]:
+            gone = {entry.message.message_id for entry in expired}
+            job.batch = job.batch.only(lambda entry: entry.message.message_id not in gone)
+            self.give_up([entry.message.message_id for entry in expired], Reason.EXPIRED)  # may take long
+        if not job.batch.entries and job.error is not None:
+            self._report(job)
+        return bool(job.batch.entries)
+
+    def request(self, job: Job) -> None:
+        """One paid request; sets the job's `error` and `refused`."""
+        self.begin(job)
+        error, answer = None, None
+        try:
+            answer = self._client.send(list(job.sent))
+        except BaseException as raised:  # a SystemExit, too, would end nothing but this thread
+            error = raised
+        self.end(job, error, answer)
+
+    def begin(self, job: Job) -> None:
+        """The request starts."""
+        job.attempt, job.started_at = job.attempt + 1, self._clock()
+        job.sent = tuple([entry.message for entry in job.batch.entries])
+
+    def end(self, job: Job, error: BaseException | None, answer: object) -> None:
+        """The request ended with this error, or this answer."""
+        job.error, job.refused = error, {}
+        if isinstance(answer, Mapping):
+            ids = set(job.batch.ids)
+            job.refused = {message_id: str(reason) for message_id, reason in answer.items() if message_id in ids}
+        result = "ok" if error is None else "rejected" if isinstance(error, RejectedError) else "error"
+        self._metrics.requests.add(1, result)
+        self._metrics.batch_messages.observe([len(job.sent)])
+        self._metrics.request_duration.observe([self._clock() - job.started_at], result)
+
+    def conclude(self, job: Job) -> Sequence[Job]:
+        """Sees to what follows from the request; returns the jobs that are left of it."""
+        if job.error is not None and not isinstance(job.error, RejectedError):
+            return self._failed(job, job.error)
+        if closed := self._dispatcher.answered(job):
+            log.warning("circuit breaker closed after %.1f s and %s", closed[0], counted(closed[1], "failed request"))
+        return self._rejected(job, job.error) if job.error else self._handed_over(job)
+
+    def _handed_over(self, job: Job) -> Sequence[Job]:
+        taken = job.batch
+        if job.refused:
+            taken = job.batch.only(lambda entry: entry.message.message_id not in job.refused)
+            for reason, ids in self._by_reason(job).items():
+                self.give_up(ids, Reason.REJECTED, f", refused by name: {reason}")
+        self._metrics.batches.add(1, "handed_over")
+        self._metrics.handed_over.add(len(taken))
+        self._metrics.handover_wait.observe([job.started_at - entry.accepted_at for entry in taken.entries])
+        self._report(job)
+        if taken.entries:
+            # Until it is recorded, a crash would send the batch again.
+            persist(lambda: self._repository.handed_over(taken), self.over, self._incident)
+            log.info("handed over %s at attempt %d: %s", counted(len(taken), "message"), job.attempt, named(taken.ids))
+        return ()
+
+    @staticmethod
+    def _by_reason(job: Job) -> dict[str, list[str]]:
+        """The IDs of what was refused by name, in order, by the reason as it may be logged."""
+        found: dict[str, list[str]] = {}
+        for message_id in filter(job.refused.__contains__, job.batch.ids):
+            reason = job.refused[message_id]
+            found.setdefault(reason if CODE.fullmatch(reason) else "a reason that is no code", []).append(message_id)
+        return found
+
+    def _rejected(self, job: Job, error: BaseException) -> Sequence[Job]:
+        """Halves the batch; whoever is to blame ends up alone, after about 2 * log2(n) requests."""
+        self._report(job)
+        entries, half = job.batch.entries, len(job.batch) // 2
+        if half:
+            log.warning("%d messages are rejected (%s), so their halves are sent", len(entries), describe(error))
+            self._metrics.batches.add(1, "split")
+            return [Job(replace(job.batch, entries=part)) for part in (entries[:half], entries[half:])]
+        if self._repository.holds(job.batch):  # otherwise others send it
+            self._metrics.batches.add(1, "given_up")
+            self.give_up(job.batch.ids, Reason.REJECTED, f", {describe(error)}")
+        return ()
+
+    def _failed(self, job: Job, error: BaseException) -> Sequence[Job]:
+        asked: object = None
+        with contextlib.suppress(Exception):  # an attribute of somebody else's class may be code that fails
+            asked = getattr(error, "retry_after", None)
+        retry_after = min(LONGEST_WAIT, asked) if isinstance(asked, (int, float)) and asked > 0 else 0.0
+        opened = self._dispatcher.failed(job, retry_after)
+        log.log(logging.WARNING if opened else logging.DEBUG, "%s at attempt %d of %s with %s%s",
+                describe(error), job.attempt, self._config.max_attempts or "any number", counted(len(job.batch), "message"),
+                "; circuit breaker open" if opened else "")  # fmt: skip
+        soonest = min(entry.expires_at for entry in job.batch.entries)
+        if soonest != math.inf:
+            self._remind(max(0.0, soonest - self._clock()))
+        self._release_riders(job)
+        if self._config.max_attempts is None or job.attempt < self._config.max_attempts:
+            return [job]
+        if self._repository.holds(job.batch):  # otherwise others send it
+            self._metrics.batches.add(1, "given_up")
+            self.give_up(job.batch.ids, Reason.ATTEMPTS, f", {describe(error)}")
+            self._report(job)
+        return ()
+
+    def _release_riders(self, job: Job) -> None:
+        """Puts what is not due back into the outbox, beside what is. A batch that left because it was full stays whole."""
+        now = self._clock()
+        if job.batch.entries[0].due > now or job.batch.entries[-1].due <= now:
+            return
+        riders = job.batch.only(lambda entry: entry.due > now)
+        try:
+            self._repository.release(riders)
+        except RepositoryUnavailableError as error:  # they stay in the batch
+            self._incident.failed(error)
+        else:
+            job.batch = job.batch.only(lambda entry: entry.due <= now)
+            self._dispatcher.released(riders.entries)
+
+    def give_up(self, ids: Sequence[str], reason: Reason, why: str = "") -> None:
+        """Records, behind the delivery reports that came before, that these are not sent any more."""
+        self.count_given_up(ids, reason, why)
+        self._give_up_all(dict.fromkeys(ids, reason))
+
+    def count_given_up(self, ids: Sequence[str], reason: Reason, why: str = "") -> None:
+        """Logs and counts that these are not sent any more."""
+        log.error("gave up %s (%s%s): %s", counted(len(ids), "message"), reason.value, why, named(ids))
+        self._metrics.given_up.add(len(ids), reason.value)
+
+    def _record(self, given_up: dict[str, Reason]) -> None:
+        persist(lambda: self._repository.update_all(given_up), self.over, self._incident)
