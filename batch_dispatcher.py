@@ -45,12 +45,7 @@ class Dispatcher:
             self._take(step)
         for _ in range(self._config.senders):
             self.jobs.put(None)
-        if self._repository.durable:
-            with self._lock:
-                ready, _ = self._scheduler.left()
-            with contextlib.suppress(RepositoryUnavailableError):  # it stays claimed, which ends with this process
-                for job in ready:
-                    self._repository.release(job.batch)
+        self.put_back()
 
     def advance(self) -> float:
         """Takes all steps of this moment, in place of `run`; returns the seconds until the next one."""
@@ -162,6 +157,12 @@ class Dispatcher:
 
     # The end
 
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is under way, and nothing waits that is to be sent before the end."""
+        with self._lock:
+            return self._scheduler.quiet
+
     def drain(self) -> None:
         """From now on nothing lingers and backoffs are short; of a durable outbox nothing is claimed any more."""
         with self._lock:
@@ -175,6 +176,15 @@ class Dispatcher:
             self._changed.wait_for(lambda: self._scheduler.quiet, timeout)
             self._over = True
             self._changed.notify_all()
+
+    def put_back(self) -> None:
+        """At the end: puts what no request carries back into an outbox that outlives the process."""
+        if self._repository.durable:
+            with self._lock:
+                ready, _ = self._scheduler.left()
+            with contextlib.suppress(RepositoryUnavailableError):  # it stays claimed, which ends with this process
+                for job in ready:
+                    self._repository.release(job.batch)
 
     def left(self) -> list[str]:
         """After `run` has ended: the IDs of what was not handed over. Of a durable outbox these are the messages in

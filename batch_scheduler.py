@@ -143,7 +143,8 @@ class CircuitBreaker:
         """Seconds until a request may start, 0 for now, unless the end of the probe comes before."""
         if not self.open:
             return 0.0
-        return max(0.0, self.next_try - now, self._probe_since + PROBE_PATIENCE - now if self._probe is not None else 0.0)
+        until = self.next_try if self._probe is None else max(self.next_try, self._probe_since + PROBE_PATIENCE)
+        return max(0.0, until - now)
 
     def begin(self, request: object, now: float) -> None:
         """A request starts, after `wait` said that it may."""
@@ -293,13 +294,13 @@ class Scheduler:
             return wait
         ready = (job for job in self._ready if job.not_before <= now)
         job = min(ready, key=lambda job: (job.attempt, job.not_before), default=None)
-        look_at = self._look_at()
-        if job is not None and (not job.attempt or self._retries_turn or now < look_at - ALMOST):
+        look_at = self._look_at() - ALMOST / 2  # less than a look allows, so that it does not come too early
+        if job is not None and (not job.attempt or self._retries_turn or now < look_at):
             return self._begin(job, now)
-        if now >= look_at - ALMOST:
+        if now >= look_at:
             self._looking, self._outlook = Look(self._config.batch_size, self._horizon(), self.draining), Outlook()
             return self._looking
-        return min(look_at, min((job.not_before for job in self._ready), default=math.inf)) - now
+        return min(look_at + ALMOST / 2, min((job.not_before for job in self._ready), default=math.inf)) - now
 
     def _begin(self, job: Job, now: float) -> Job:
         self._ready.remove(job)

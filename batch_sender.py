@@ -69,10 +69,11 @@ class Sender:
         if not self._repository.holds(job.batch):
             log.warning("a lease is lost, so others send: %s", named(before.ids))
             job.batch = replace(before, entries=())
-        while expired := [entry for entry in job.batch.entries if entry.expires_at <= self._clock()]:
-            gone = {entry.message.message_id for entry in expired}
-            job.batch = job.batch.only(lambda entry: entry.message.message_id not in gone)
-            self.give_up([entry.message.message_id for entry in expired], Reason.EXPIRED)  # may take long
+        now = self._clock()
+        while expired := job.batch.only(lambda entry: entry.expires_at <= now).ids:
+            job.batch = job.batch.only(lambda entry: entry.expires_at > now)
+            self.give_up(expired, Reason.EXPIRED)  # may take long
+            now = self._clock()
         if not job.batch.entries and job.error is not None:
             self._report(job)
         return bool(job.batch.entries)
@@ -156,8 +157,8 @@ class Sender:
         retry_after = min(LONGEST_WAIT, asked) if isinstance(asked, (int, float)) and asked > 0 else 0.0
         opened = self._dispatcher.failed(job, retry_after)
         log.log(logging.WARNING if opened else logging.DEBUG, "%s at attempt %d of %s with %s%s",
-                describe(error), job.attempt, self._config.max_attempts or "any number", counted(len(job.batch), "message"),
-                "; circuit breaker open" if opened else "")  # fmt: skip
+                describe(error), job.attempt, self._config.max_attempts or "any number",
+                counted(len(job.batch), "message"), "; circuit breaker open" if opened else "")  # fmt: skip
         soonest = min(entry.expires_at for entry in job.batch.entries)
         if soonest != math.inf:
             self._remind(max(0.0, soonest - self._clock()))
@@ -171,7 +172,7 @@ class Sender:
         return ()
 
     def _release_riders(self, job: Job) -> None:
-        """Puts what is not due back into the outbox, beside what is. A batch that left because it was full stays whole."""
+        """Puts what is not due back into the outbox. A batch of which nothing is due left because it is full: it stays."""
         now = self._clock()
         if job.batch.entries[0].due > now or job.batch.entries[-1].due <= now:
             return

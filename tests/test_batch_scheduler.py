@@ -1,0 +1,443 @@
+"""When a batch leaves and what follows a failure, as events at moments: no threads, no waiting."""
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from base_repository import Claim, look
+from batch_scheduler import PROBE_PATIENCE, CircuitBreaker, Job, Look, Scheduler, SmsProxyConfig, horizon
+from fastsmsing import Message
+from message_model import Batch, Entry, SendMessage, ValidationError
+
+
+def scheduler_of(*, durable: bool = False, poll: float | None = None, **config: Any) -> Scheduler:
+    made = Scheduler(SmsProxyConfig(**config), lambda: 1.0, durable=durable, poll=poll)
+    assert isinstance(made.next(0.0), Look)  # there may be messages from before the start
+    made.claimed(Claim(), 0.0)
+    return made
+
+
+def batch(*ids: str, expires_at: float = math.inf) -> Batch:
+    return Batch(tuple(Entry(Message("48123", "Hi", each), expires_at=expires_at) for each in ids))
+
+
+def save(scheduler: Scheduler, *lingers: float, now: float = 0.0) -> bool:
+    assert scheduler.saving()
+    return scheduler.saved(lingers or (0.0,), now)
+
+
+def claim(scheduler: Scheduler, now: float, *ids: str, waiting: int = 0) -> Job:
+    """The look that is the next step finds these messages; returns the job that follows."""
+    assert isinstance(scheduler.next(now), Look)
+    scheduler.claimed(Claim(batch(*ids), waiting), now)
+    return begin(scheduler, now, *ids)
+
+
+def begin(scheduler: Scheduler, now: float, *ids: str) -> Job:
+    job = scheduler.next(now)
+    assert isinstance(job, Job) and job.batch.ids == list(ids)
+    job.attempt += 1
+    return job
+
+
+def fail(scheduler: Scheduler, job: Job, now: float, retry_after: float = 0.0) -> bool:
+    opened = scheduler.failed(job, retry_after, now)
+    scheduler.ended(job, [job], now)
+    return opened
+
+
+def succeed(scheduler: Scheduler, job: Job, now: float) -> None:
+    scheduler.answered(job, now)
+    scheduler.ended(job, (), now)
+
+
+# The settings
+
+
+@pytest.mark.parametrize(("config", "message", "expected"), [
+    ({}, {}, (5.0, True, math.inf)),
+    ({}, {"max_delay": 60.0}, (60.0, False, math.inf)),
+    ({}, {"max_delay": 60.0, "max_age": 20.0}, (10.0, False, 20.0)),  # half of its age at the most
+    ({}, {"max_age": 4.0}, (2.0, True, 4.0)),
+    ({"max_age": 6.0}, {}, (3.0, True, 6.0)),
+    ({"max_delay": None}, {}, (math.inf, True, math.inf)),
+    ({"max_delay": None, "max_age": 50.0}, {}, (25.0, True, 50.0)),
+    ({"max_delay": None, "max_age": 50.0}, {"max_delay": 0, "max_age": 900}, (0, False, 900)),
+])  # fmt: skip
+def test_the_linger_of_a_message(config: dict[str, Any], message: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    entry = SmsProxyConfig(**config).entry(SendMessage("48123", "Hi", **message), "id")
+    assert (entry.linger, entry.default_linger, entry.max_age) == expected
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("senders", 0), ("senders", True), ("batch_size", 1.5), ("max_pending", 99), ("max_delay", -1.0),
+    ("max_delay", math.inf), ("max_delay", math.nan), ("max_age", 0.0), ("backoff_base", 31.0), ("backoff_max", None),
+])  # fmt: skip
+def test_a_bad_setting_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SmsProxyConfig(**{field: value})
+    assert caught.value.field == field
+
+
+# The horizon
+
+
+@pytest.mark.parametrize(("config", "waiting", "expected"), [
+    ({}, 0, 5.0),
+    ({}, 2_000, 5.0 + 20 * 0.8 / 4),
+    ({"senders": 1, "batch_size": 10, "max_delay": 0.0}, 100, 8.0),
+    ({}, 49_999, pytest.approx(5.0 + 499.99 * 0.2)),
+    ({}, 50_000, math.inf),  # half of what may be pending
+    ({"max_delay": None}, 1, math.inf),
+])  # fmt: skip
+def test_the_horizon_grows_by_the_time_that_the_senders_need_for_what_waits(
+    config: dict[str, Any], waiting: int, expected: float
+) -> None:
+    assert horizon(SmsProxyConfig(**config), waiting, 0.8) == expected
+
+
+def test_a_request_takes_a_second_until_one_was_answered_and_then_what_it_takes_lately() -> None:
+    scheduler = scheduler_of(max_delay=1.0, senders=1, batch_size=10)
+    save(scheduler, *[0.0] * 100)
+    look = scheduler.next(0.0)
+    assert look == Look(10, 11.0)
+    scheduler.claimed(Claim(batch("a"), 100), 0.0)
+    succeed(scheduler, begin(scheduler, 0.0, "a"), 0.5)
+    assert scheduler.next(0.5) == Look(10, 6.0)
+    scheduler.claimed(Claim(batch("b"), 100), 0.5)
+    succeed(scheduler, begin(scheduler, 0.5, "b"), 2.0)
+    assert scheduler.next(2.0) == Look(10, 8.5)
+
+
+# When to look
+
+
+def test_without_messages_there_is_nothing_to_do() -> None:
+    assert scheduler_of().next(0.0) == math.inf
+
+
+def test_a_message_is_looked_for_when_it_is_due_and_not_before() -> None:
+    scheduler = scheduler_of()
+    assert save(scheduler, 5.0, now=1.0)
+    assert scheduler.next(1.0) == 5.0
+    assert isinstance(scheduler.next(6.0), Look)
+
+
+def test_only_what_changes_the_next_look_is_news() -> None:
+    scheduler = scheduler_of(batch_size=4, max_delay=5.0)
+    assert [save(scheduler, linger) for linger in (5.0, 60.0, 5.0, 1.0, 600.0, 5.0, 0.0)] == [
+        True, False, False, True, False, True, False]  # fmt: skip
+
+
+def test_a_code_is_looked_for_before_the_newsletter_that_came_before_it() -> None:
+    scheduler = scheduler_of()
+    save(scheduler, *[3600.0] * 500)
+    scheduler.next(0.0)
+    assert save(scheduler, 1.0, now=10.0)
+    assert scheduler.next(10.0) == 1.0
+
+
+def test_patient_messages_make_no_batch_full_before_their_time() -> None:
+    scheduler = scheduler_of(batch_size=10, max_delay=5.0, senders=1)
+    save(scheduler, *[3600.0] * 20)
+    assert scheduler.next(0.0) == 3600.0 - 7.0  # the horizon: 5 s, and 1 s for each of two batches
+    assert save(scheduler, *[3600.0] * 50)
+    assert scheduler.next(0.0) == 3600.0 - 12.0
+
+
+def test_a_look_that_finds_no_batch_is_repeated_when_there_may_be_one() -> None:
+    scheduler = scheduler_of(batch_size=3, max_delay=5.0)
+    save(scheduler, 1.0, 60.0, 60.0)
+    assert isinstance(scheduler.next(1.0), Look)
+    scheduler.claimed(Claim(None, waiting=3, due_in=50.0, full_in=47.5, near=0), 1.0)  # somebody else took it
+    assert scheduler.next(1.0) == 47.5
+    scheduler.next(48.5)
+    scheduler.claimed(Claim(None, waiting=2, due_in=2.5), 48.5)
+    assert scheduler.next(48.5) == 2.5
+
+
+def test_what_is_saved_during_a_look_counts_on_top_of_what_it_finds() -> None:
+    scheduler = scheduler_of(batch_size=3, max_delay=5.0)
+    save(scheduler, 5.0)
+    assert isinstance(scheduler.next(5.0), Look)
+    save(scheduler, 1.0, now=5.0)
+    scheduler.claimed(Claim(), 5.5)
+    assert scheduler.next(5.5) == 0.5
+    assert isinstance(scheduler.next(6.0), Look)
+    save(scheduler, 5.0, 5.0, now=6.0)
+    scheduler.claimed(Claim(None, 1, 5.0, near=1), 6.5)
+    assert isinstance(scheduler.next(6.5), Look)  # three may be near
+
+
+def test_behind_a_batch_it_looks_again_only_if_messages_are_left() -> None:
+    scheduler = scheduler_of(batch_size=2)
+    save(scheduler, 0.0, 0.0, 0.0)
+    claim(scheduler, 0.0, "a", "b", waiting=1)
+    assert isinstance(scheduler.next(0.0), Look)
+    scheduler.claimed(Claim(batch("c")), 0.0)
+    begin(scheduler, 0.0, "c")
+    assert scheduler.next(0.0) == math.inf
+
+
+def test_half_of_what_may_be_pending_leaves_however_patient() -> None:
+    scheduler = scheduler_of(batch_size=10, max_pending=40)
+    save(scheduler, *[3600.0] * 19)
+    assert isinstance(scheduler.next(0.0), float)
+    assert save(scheduler, 3600.0)
+    assert scheduler.next(0.0) == Look(10, math.inf)
+    scheduler.claimed(Claim(None, 9, 3600.0, near=9), 0.0)
+    assert scheduler.next(0.0) == 3600.0
+
+
+def test_messages_of_other_processes_are_looked_for_at_random_times() -> None:
+    scheduler = scheduler_of(poll=1.0)
+    assert scheduler.next(0.0) == 1.5  # with the random number 1.0
+    assert isinstance(scheduler.next(1.5), Look)
+
+
+def test_no_more_jobs_are_under_way_than_there_are_senders() -> None:
+    scheduler = scheduler_of(batch_size=1, senders=2)
+    save(scheduler, 0.0, 0.0, 0.0)
+    first, _ = claim(scheduler, 0.0, "a", waiting=2), claim(scheduler, 0.0, "b", waiting=1)
+    assert scheduler.next(0.0) == math.inf
+    scheduler.ended(first, (), 1.0)
+    assert isinstance(scheduler.next(1.0), Look)
+
+
+def test_what_is_put_back_into_the_outbox_is_looked_for() -> None:
+    scheduler = scheduler_of()
+    assert scheduler.waits([7.0], 1.0)
+    assert scheduler.next(1.0) == 6.0
+
+
+# The circuit breaker
+
+
+def test_the_breaker_doubles_its_wait_for_probes_only() -> None:
+    breaker = CircuitBreaker(SmsProxyConfig(backoff_base=1.0, backoff_max=100.0), lambda: 1.0)
+    assert breaker.wait(0.0) == 0.0
+    assert breaker.failed("a", 0.0, 0.0) is True
+    assert breaker.wait(0.0) == 1.0
+    assert breaker.failed("b", 0.0, 0.5) is False  # it was under way: it says nothing new
+    assert breaker.wait(0.5) == 0.5
+    breaker.begin("probe", 1.0)
+    assert breaker.wait(1.0) == PROBE_PATIENCE
+    breaker.failed("probe", 0.0, 2.0)
+    assert breaker.wait(2.0) == 2.0
+    breaker.begin("next", 4.0)
+    breaker.ended("next")  # without a request
+    assert breaker.wait(4.0) == 0.0
+    assert breaker.answered(5.0) == (5.0, 3)
+    assert breaker.answered(5.0) is None
+    assert breaker.wait(5.0) == 0.0
+
+
+def test_a_probe_that_hangs_gives_up_its_place() -> None:
+    scheduler = scheduler_of(batch_size=1, backoff_base=1.0)
+    save(scheduler, 0.0, 0.0)
+    fail(scheduler, claim(scheduler, 0.0, "a", waiting=1), 0.0)
+    hanging = begin(scheduler, 1.0, "a")
+    assert scheduler.next(1.0) == PROBE_PATIENCE
+    probe = claim(scheduler, 1.0 + PROBE_PATIENCE, "b")
+    assert scheduler.next(62.0) == PROBE_PATIENCE - 1.0
+    scheduler.failed(hanging, 0.0, 63.0)  # it is no probe any more
+    assert scheduler.next(63.0) == PROBE_PATIENCE - 2.0
+    succeed(scheduler, probe, 64.0)
+    assert not scheduler.breaker.open
+
+
+def test_the_provider_may_ask_for_a_longer_wait_until_it_answers() -> None:
+    scheduler = scheduler_of(batch_size=1)
+    save(scheduler, 0.0, 0.0, 0.0)
+    slow = claim(scheduler, 0.0, "slow", waiting=2)
+    failed = claim(scheduler, 0.0, "a", waiting=1)
+    fail(scheduler, failed, 1.0, retry_after=50.0)
+    assert scheduler.next(2.0) == 49.0
+    succeed(scheduler, slow, 3.0)
+    assert scheduler.next(3.0) is failed  # and it waits only for its own backoff
+    assert fail(scheduler, failed, 4.0) is False
+    assert scheduler.breaker.next_try_in(4.0) == 0.0  # an hour that was asked for before is forgotten
+
+
+def test_new_batches_and_those_that_failed_take_turns_as_the_probe() -> None:
+    scheduler = scheduler_of(batch_size=1, backoff_base=1.0, backoff_max=1.0)
+    save(scheduler, *[0.0] * 10)
+    order = []
+    job, now = claim(scheduler, 0.0, "new 0", waiting=9), 0.0
+    for number in range(1, 8):
+        fail(scheduler, job, now)
+        now += 1.0
+        step = scheduler.next(now)
+        if isinstance(step, Look):
+            scheduler.claimed(Claim(batch(f"new {number}"), 9), now)
+            step = scheduler.next(now)
+        assert isinstance(step, Job)
+        job, job.attempt = step, step.attempt + 1
+        order += step.batch.ids
+    assert order == ["new 0", "new 2", "new 2", "new 4", "new 4", "new 6", "new 6"]  # the fewest tries first
+
+
+def test_a_batch_that_fails_again_while_others_succeed_opens_no_breaker() -> None:
+    scheduler = scheduler_of(batch_size=1)
+    save(scheduler, 0.0, 0.0, 0.0)
+    bad = claim(scheduler, 0.0, "bad", waiting=2)
+    assert fail(scheduler, bad, 0.0) is True
+    fail(scheduler, begin(scheduler, 0.5, "bad"), 1.0)
+    assert scheduler.breaker.open  # nothing else was answered yet
+    succeed(scheduler, claim(scheduler, 2.0, "good", waiting=1), 2.1)
+    fail(scheduler, begin(scheduler, 10.0, "bad"), 11.0)
+    assert not scheduler.breaker.open
+    succeed(scheduler, claim(scheduler, 12.0, "good, too"), 12.0)
+    fail(scheduler, begin(scheduler, 50.0, "bad"), 51.0)
+    assert not scheduler.breaker.open
+    fail(scheduler, begin(scheduler, 100.0, "bad"), 101.0)
+    assert scheduler.breaker.open  # nothing was answered since it failed before
+
+
+def test_the_halves_of_a_rejected_batch_follow_at_once() -> None:
+    scheduler = scheduler_of(batch_size=2)
+    save(scheduler, 0.0, 0.0)
+    whole = claim(scheduler, 0.0, "a", "b")
+    halves = [Job(batch("a")), Job(batch("b"))]
+    scheduler.answered(whole, 0.0)
+    scheduler.ended(whole, halves, 0.0)
+    assert [scheduler.next(0.0), scheduler.next(0.0), scheduler.next(0.0)] == [*halves, math.inf]
+
+
+def test_what_expires_is_taken_out_of_batches_that_wait_for_a_retry() -> None:
+    scheduler = scheduler_of(batch_size=3)
+    save(scheduler, 0.0, 0.0)
+    scheduler.next(0.0)
+    short, long = batch("a", expires_at=10.0), batch("b", expires_at=20.0)
+    scheduler.claimed(Claim(Batch((*short.entries, *long.entries))), 0.0)
+    job = begin(scheduler, 0.0, "a", "b")
+    assert scheduler.expire(15.0) == ([], math.inf)  # what is in a request is not touched
+    fail(scheduler, job, 1.0)
+    assert scheduler.expire(9.0) == ([], 10.0)
+    assert scheduler.expire(10.0) == (["a"], 20.0)
+    assert scheduler.expire(20.0) == (["b"], math.inf)
+    assert scheduler.next(30.0) == math.inf
+
+
+# The end
+
+
+def test_a_drain_looks_for_what_lingers_also_when_it_begins_during_a_look() -> None:
+    scheduler = scheduler_of(batch_size=3, max_delay=1e6)
+    save(scheduler, 0.0, 1e6)
+    assert isinstance(scheduler.next(0.0), Look)
+    scheduler.drain(0.0)
+    scheduler.claimed(Claim(None, 1, 1e6), 0.0)
+    look = scheduler.next(0.0)
+    assert isinstance(look, Look) and look.flush
+    scheduler.claimed(Claim(batch("a")), 0.0)
+    begin(scheduler, 0.0, "a")
+    assert scheduler.next(0.0) == math.inf
+
+
+def test_a_durable_drain_starts_nothing_and_is_quiet_when_requests_have_ended() -> None:
+    scheduler = scheduler_of(durable=True, batch_size=1)
+    save(scheduler, 0.0, 0.0)
+    job = claim(scheduler, 0.0, "a", waiting=1)
+    scheduler.drain(0.0)
+    assert (scheduler.next(0.0), scheduler.quiet) == (math.inf, False)
+    scheduler.ended(job, (), 0.0)
+    assert (scheduler.next(0.0), scheduler.quiet) == (math.inf, True)
+
+
+def test_a_drain_shortens_backoffs() -> None:
+    scheduler = scheduler_of(batch_size=1, backoff_base=30.0)
+    save(scheduler)
+    fail(scheduler, claim(scheduler, 0.0, "a"), 0.0)
+    assert scheduler.next(0.0) == 30.0
+    scheduler.drain(0.0)
+    assert scheduler.next(0.0) == 1.0
+    begin(scheduler, 1.0, "a")
+
+
+def test_a_closed_scheduler_refuses_messages_and_waits_for_those_being_saved() -> None:
+    scheduler = scheduler_of()
+    assert scheduler.saving()
+    scheduler.closed = True
+    assert (scheduler.saving(), scheduler.quiet) == (False, False)
+    scheduler.saved((), 0.0)
+    assert scheduler.quiet
+
+
+def test_what_is_left_is_all_that_did_not_end() -> None:
+    scheduler = scheduler_of(batch_size=1)
+    save(scheduler, *[0.0] * 4)
+    jobs = [claim(scheduler, 0.0, name, waiting=1) for name in ("ended", "failed", "lost", "hanging")]
+    succeed(scheduler, jobs[0], 0.0)
+    fail(scheduler, jobs[1], 0.0)
+    scheduler.abandoned(jobs[2], 0.0)
+    assert scheduler.left() == ([jobs[1]], [jobs[3], jobs[2]])
+    assert scheduler.in_flight == 1
+
+
+# All of it
+
+
+class Model:
+    """An outbox as a sorted list, a provider that takes a while, and a scheduler between them."""
+
+    def __init__(self, rng: random.Random, **config: Any) -> None:
+        self.rng, self.config = rng, SmsProxyConfig(**config)
+        self.scheduler = Scheduler(self.config, rng.random)
+        self.waiting: list[Entry] = []
+        self.under_way: list[tuple[float, Job]] = []
+        self.late = 0.0
+        self.looks = 0
+
+    def accept(self, lingers: Iterable[float], now: float) -> None:
+        new = [Entry(Message("", "", ""), linger=linger, accepted_at=now, due=now + linger) for linger in lingers]
+        assert self.scheduler.saving()
+        self.waiting = sorted([*self.waiting, *new], key=lambda entry: entry.due)
+        self.scheduler.saved([entry.linger for entry in new], now)
+
+    def run(self, now: float, latency: float) -> float:
+        """Takes the steps of this moment; returns when the next one comes."""
+        while not isinstance(step := self.scheduler.next(now), float):
+            if isinstance(step, Job):
+                self.late = max(self.late, now - step.batch.entries[0].due)
+                self.under_way.append((now + latency, step))
+                continue
+            dues = [entry.due for entry in self.waiting]
+            found = look(dues[: step.size], now, step.size, step.horizon, len(dues), step.flush)
+            if found is None:
+                taken = Batch(tuple(self.waiting[: step.size]))
+                del self.waiting[: step.size]
+                found = Claim(taken, len(self.waiting))
+            self.looks += 1
+            self.scheduler.claimed(found, now)
+        return min([now + step, *(end for end, _ in self.under_way)])
+
+    def end(self, now: float) -> None:
+        for end, job in [each for each in self.under_way if each[0] <= now]:
+            self.under_way.remove((end, job))
+            succeed(self.scheduler, job, now)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_message_is_late_and_none_is_left_under_random_lingers(seed: int) -> None:
+    rng = random.Random(seed)
+    model = Model(rng, batch_size=rng.choice([1, 5, 20]), max_delay=rng.choice([0.0, 2.0, 5.0]), senders=8)
+    lingers = [0.0, 1.0, 2.0, 5.0, 30.0, 200.0][: rng.randrange(1, 7)]
+    now = 0.0
+    arrival = rng.expovariate(2.0)
+    for _ in range(150):
+        while (step := model.run(now, 0.05)) < arrival:
+            now = step
+            model.end(now)
+        now = arrival
+        model.accept([rng.choice(lingers) for _ in range(rng.choice([1, 1, 3, 12]))], now)
+        arrival += rng.expovariate(2.0)
+    while (step := model.run(now, 0.05)) < math.inf:
+        now = step
+        model.end(now)
+    assert (model.waiting, model.under_way) == ([], [])
+    assert model.late <= 0.1 if model.config.batch_size > 1 else model.late <= 0.5
