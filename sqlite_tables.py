@@ -1,0 +1,305 @@
+"""The tables of an SQLite repository, and what is done with them in a transaction: statements of several rows."""
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from base_repository import EXPIRE_STEP, FORGET_STEP
+from fastsmsing import Message
+from message_model import (
+    STATUS_OF, TRANSITIONS, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, SmsProxyError,
+    check_transition,
+)  # fmt: skip
+from sqlite_claims import Key, OutboxClaims
+from sqlite_file import VERSION
+
+__all__ = ["EpochClock", "Tables", "entries_at", "storable"]
+
+# Rows of one statement. A statement for each row would hand the interpreter's lock over each time, and one for every
+# number of rows would be prepared too often.
+SIZES = (1, 2, 4, 8, 16, 32, 64, 100)
+COLUMNS = "place, id, accepted_at, due, expires_at, default_linger, phone_number, content"
+
+# Statements of several rows: `{rows}` stands for their parameters. A missing row is NULL, which equals no ID.
+INSERT_MESSAGES = """
+    INSERT INTO message (id, status, place, fingerprint)
+    SELECT column1, 'ACCEPTED', column2, column3 FROM (VALUES {rows}) WHERE column1 IS NOT NULL
+    ON CONFLICT (id) DO UPDATE
+    SET status = 'ACCEPTED', reason = NULL, changed_at = NULL, place = excluded.place,
+    fingerprint = excluded.fingerprint
+"""
+INSERT_OUTBOX = f"INSERT INTO outbox ({COLUMNS}) SELECT * FROM (VALUES {{rows}}) WHERE column1 IS NOT NULL"
+_BEFORE = {  # the statuses that may lead to a status
+    status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "''"
+    for status in MessageStatus
+}
+NOTABLE = {  # by the status that is wanted: what is unknown, in the outbox, or not allowed to get it
+    status: f"""
+    SELECT column1, place, status, status IS NULL OR status NOT IN ({_BEFORE[status]}) FROM (VALUES {{rows}})
+    LEFT JOIN message ON id = column1 AND (changed_at IS NULL OR changed_at > ?)
+    WHERE column1 IS NOT NULL AND (changed_at IS NULL OR status NOT IN ({_BEFORE[status]}))
+    """
+    for status in MessageStatus
+}
+UPDATE_MESSAGES = "UPDATE message SET status = ?, reason = ?, changed_at = ?, place = NULL WHERE id IN ({rows})"
+LEAVE_OUTBOX = "DELETE FROM outbox WHERE place IN ({rows})"
+LEAVE_OUTBOX_BY_ID = "DELETE FROM outbox WHERE place IN (SELECT place FROM message WHERE id IN ({rows}))"
+HANDED_OVER = "UPDATE message SET changed_at = ?, place = NULL WHERE id IN ({rows}) AND place IS NOT NULL"
+FINGERPRINTS = "SELECT id, fingerprint FROM message WHERE id IN ({rows}) AND (changed_at IS NULL OR changed_at > ?)"
+AT = f"SELECT {COLUMNS} FROM outbox WHERE place IN ({{rows}})"
+
+# Statements of one row.
+STATUS = "SELECT status, reason FROM message WHERE id = ? AND (changed_at IS NULL OR changed_at > ?)"
+KEY = "SELECT due, place FROM outbox WHERE place = (SELECT place FROM message WHERE id = ?)"
+EXPIRING = "SELECT expires_at, id, due, place FROM outbox WHERE expires_at IS NOT NULL ORDER BY expires_at"
+FIRST_EXPIRY = "SELECT min(expires_at) FROM outbox WHERE expires_at IS NOT NULL"
+HASTEN = "UPDATE outbox SET due = accepted_at + ? WHERE default_linger AND due > accepted_at + ?"
+FORGET = "DELETE FROM message WHERE id IN (SELECT id FROM message WHERE changed_at <= ? ORDER BY changed_at LIMIT ?)"
+FIRST_CHANGE = "SELECT min(changed_at) FROM message WHERE changed_at IS NOT NULL"
+FIRST = """
+    SELECT (SELECT accepted_at FROM outbox ORDER BY place LIMIT 1), (SELECT due FROM outbox ORDER BY due LIMIT 1)
+"""
+LAST_TIME = """
+    SELECT max(coalesce((SELECT accepted_at FROM outbox ORDER BY place DESC LIMIT 1), 0),
+    coalesce((SELECT max(changed_at) FROM message WHERE changed_at IS NOT NULL), 0))
+"""
+
+
+class EpochClock:
+    """A process's monotonic clock, and what turns it into seconds since 1970, which is what the file holds."""
+
+    def __init__(self, db: sqlite3.Connection, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
+        self.monotonic = clock
+        # Time goes on where the file left it when the wall clock was set back meanwhile: otherwise its messages would
+        # wait until they are as old as the clock thinks.
+        self.epoch = max(wall_clock(), db.execute(LAST_TIME).fetchone()[0]) - clock()
+
+    def now(self) -> float:
+        """Seconds since 1970. A jump of the wall clock changes nothing here."""
+        return self.monotonic() + self.epoch
+
+
+@dataclass(slots=True)
+class _Change:
+    """What a transaction does to the outbox."""
+
+    saved: list[Key] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)  # places, also of what had left before
+    leaving: int = 0  # how many did leave
+    reserved: list[int] = field(default_factory=list)  # places
+
+
+class Tables:
+    """The transactions of the writing connection, and the changes to be made in them. Not thread-safe.
+
+    Each change takes a sequence of items, and returns a result for each.
+    """
+
+    def __init__(self, db: sqlite3.Connection, clock: EpochClock, retention: float) -> None:
+        self._db, self._clock, self._retention = db, clock, retention
+        self._slice = min(1.0, retention / 1000) or 1.0  # times of changes are rounded up to it: the index moves less
+        backlog, last = db.execute("SELECT count(*), coalesce(max(place), 0) FROM outbox").fetchone()
+        self.claims = OutboxClaims(backlog, last)
+        self._last_place = last
+        self._change = _Change()
+
+    def status(self, db: sqlite3.Connection, message_id: str) -> tuple[MessageStatus, Reason | None]:
+        """Status and reason by any connection, `NOT_FOUND` when unknown."""
+        row = db.execute(STATUS, (message_id, self._forgotten())).fetchone() if storable(message_id) else None
+        return (MessageStatus(row[0]), Reason(row[1]) if row[1] else None) if row else (MessageStatus.NOT_FOUND, None)
+
+    # Transactions
+
+    def begin(self) -> None:
+        """See `Transactions`."""
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        """See `Transactions`."""
+        self._db.execute("COMMIT")
+        change, self._change = self._change, _Change()
+        self.claims.publish(change.saved, change.left, change.leaving)
+
+    def rollback(self) -> None:
+        """See `Transactions`."""
+        change, self._change = self._change, _Change()
+        self.claims.release(change.reserved)
+        with contextlib.suppress(sqlite3.Error):  # there may be nothing left to roll back
+            self._db.execute("ROLLBACK")
+
+    # Changes
+
+    def insert(self, max_pending: int | None, entries: Sequence[Entry]) -> list[Exception | None]:
+        """`Repository.save_all`."""
+        ids = _rows(entry.message.message_id for entry in entries)
+        known = dict(_execute(self._db, FINGERPRINTS, ids, last=(self._forgotten(),)))
+        backlog = self.claims.backlog + len(self._change.saved) - self._change.leaving
+        room = math.inf if max_pending is None else max_pending - backlog
+        new: list[Entry] = []
+        errors: list[Exception | None] = []
+        for entry in entries:
+            message_id = entry.message.message_id
+            if message_id in known:
+                errors.append(DuplicateMessageError(message_id, known[message_id]))
+            elif len(new) >= room:
+                errors.append(OverloadedError("too many messages are pending"))
+            else:
+                known[message_id] = entry.fingerprint
+                new.append(entry)
+                errors.append(None)
+        self._insert(new)
+        return errors
+
+    def update(self, items: Sequence[tuple[str, MessageStatus | Reason]]) -> list[Exception | None]:
+        """`Repository.update_all`."""
+        refused: dict[str, str | None] = {}  # the status that forbids it
+        for update in dict.fromkeys(update for _, update in items):
+            status, reason = STATUS_OF[update], update.value if isinstance(update, Reason) else None
+            ids = [message_id for message_id, each in items if each is update]
+            found = _execute(self._db, NOTABLE[status], _rows(ids), last=(self._forgotten(),))
+            refused.update((message_id, current) for message_id, _, current, forbids in found if forbids)
+            rows = _rows(each for each in ids if each not in refused)
+            _execute(self._db, UPDATE_MESSAGES, rows, first=(status.value, reason, self._changed_at()))
+            self._leave_outbox(LEAVE_OUTBOX, [(row[1],) for row in found if not row[3]], [row[1] for row in found])
+        return [_refusal(*item, refused[item[0]]) if item[0] in refused else None for item in items]
+
+    def hand_over(self, entries: Sequence[Entry]) -> list[None]:
+        """`Repository.handed_over`."""
+        rows = _rows(entry.message.message_id for entry in entries)
+        if self._leave_outbox(LEAVE_OUTBOX_BY_ID, rows, [entry.place for entry in entries]):
+            _execute(self._db, HANDED_OVER, rows, first=(self._changed_at(),))
+        return [None] * len(entries)
+
+    def cancel(self, ids: Sequence[str]) -> list[bool]:
+        """`Repository.cancel`."""
+        for message_id in ids:
+            if any(self._reserve(key) for key in self._db.execute(KEY, (message_id,)).fetchall()):
+                self.update([(message_id, Reason.CANCELLED)])
+        return [self.status(self._db, message_id)[1] is Reason.CANCELLED for message_id in ids]
+
+    def expire(self, items: Sequence[None]) -> list[tuple[list[str], float]]:
+        """`Repository.expire`."""
+        now, following, ids = self._clock.now(), math.inf, list[str]()
+        with contextlib.closing(self._db.execute(EXPIRING)) as found:
+            for expires_at, message_id, due, place in found:
+                if expires_at > now or len(ids) == EXPIRE_STEP:
+                    following = expires_at
+                    break
+                if self._reserve((due, place)):
+                    ids.append(message_id)
+        self.update([(message_id, Reason.EXPIRED) for message_id in ids])
+        return [(ids, max(0.0, following - now))]
+
+    def hasten(self, delays: Sequence[float]) -> list[None]:
+        """`Repository.hasten`."""
+        return [self._db.execute(HASTEN, (delay, delay)).fetchone() for delay in delays]
+
+    def forget(self, items: Sequence[None]) -> list[float]:
+        """`Repository.forget`."""
+        limit = self._forgotten()
+        self._db.execute(FORGET, (limit, FORGET_STEP))
+        first = self._db.execute(FIRST_CHANGE).fetchone()[0]
+        return [self._retention if first is None else min(self._retention, max(0.0, first - limit))]
+
+    def rewrite(self, items: Sequence[None]) -> list[None]:
+        """Writes to the file what it holds already."""
+        self._db.execute(f"PRAGMA user_version = {VERSION}")
+        return [None]
+
+    def _insert(self, entries: Sequence[Entry]) -> None:
+        now, epoch, messages, outbox = self._clock.monotonic(), self._clock.epoch, [], []
+        for place, entry in enumerate(entries, self._last_place + 1):
+            message = entry.message
+            entry.place, entry.accepted_at = place, now
+            entry.due, entry.expires_at = now + entry.linger, now + entry.max_age
+            due, expires_at = entry.due + epoch, None if entry.max_age == math.inf else entry.expires_at + epoch
+            messages.append((message.message_id, place, entry.fingerprint))
+            outbox.append((place, message.message_id, now + epoch, due, expires_at, entry.default_linger,
+                           message.phone_number, message.message))  # fmt: skip
+            self._change.saved.append((due, place))
+        self._last_place += len(entries)
+        _execute(self._db, INSERT_MESSAGES, messages)
+        _execute(self._db, INSERT_OUTBOX, outbox)
+
+    def _leave_outbox(self, sql: str, rows: Sequence[Sequence[Any]], places: Iterable[int]) -> int:
+        before = self._db.total_changes
+        _execute(self._db, sql, rows)
+        left = self._db.total_changes - before
+        self._change.leaving += left
+        self._change.left += places
+        return left
+
+    def _reserve(self, key: Key) -> bool:
+        """Keeps a message that waits from being claimed, in this transaction; false if it is claimed already."""
+        if not self.claims.reserve(key):
+            return False
+        self._change.reserved.append(int(key[1]))
+        return True
+
+    def _changed_at(self) -> float:
+        return math.ceil(self._clock.now() / self._slice) * self._slice
+
+    def _forgotten(self) -> float:
+        """What changed at this time or before is forgotten."""
+        return self._clock.now() - self._retention if self._retention else -math.inf
+
+
+def entries_at(db: sqlite3.Connection, keys: Iterable[Key], clock: EpochClock) -> list[Entry]:
+    """The messages in the outbox with these keys, in their order; those that have left are missing."""
+    rows = {row[0]: row for row in _execute(db, AT, [(place,) for _, place in keys])}
+    return [_entry(rows[place], clock) for _, place in keys if place in rows]
+
+
+def storable(message_id: str) -> bool:
+    """Whether the ID can be in a file: a lone surrogate cannot be encoded."""
+    try:
+        message_id.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _entry(row: Sequence[Any], clock: EpochClock) -> Entry:
+    place, message_id, accepted_at, due, expires_at, default_linger, phone_number, content = row
+    expires_at = math.inf if expires_at is None else expires_at
+    return Entry(
+        Message(phone_number, content, message_id), None,
+        round(due - accepted_at, 6), bool(default_linger), round(expires_at - accepted_at, 6),
+        accepted_at - clock.epoch, due - clock.epoch, expires_at - clock.epoch, place,
+    )  # fmt: skip
+
+
+def _refusal(message_id: str, update: MessageStatus | Reason, current: str | None) -> Exception | None:
+    """Why a message with this status (None: unknown) does not get the update."""
+    try:
+        check_transition(message_id, MessageStatus(current or MessageStatus.NOT_FOUND), STATUS_OF[update])
+    except (SmsProxyError, ValueError) as error:  # ValueError: the row makes no sense
+        return error
+    return None
+
+
+def _execute(
+    db: sqlite3.Connection, sql: str, rows: Sequence[Sequence[Any]], first: Sequence[Any] = (), last: Sequence[Any] = ()
+) -> list[Any]:
+    """Runs a statement of several rows for these; `first` and `last` are its other parameters."""
+    found: list[Any] = []
+    for start in range(0, len(rows), SIZES[-1]):
+        chunk = rows[start : start + SIZES[-1]]
+        size, width = next(size for size in SIZES if size >= len(chunk)), len(chunk[0])
+        values = [*[value for row in chunk for value in row], *[None] * ((size - len(chunk)) * width)]
+        found += db.execute(_sized(sql, size, width), (*first, *values, *last)).fetchall()
+    return found
+
+
+def _rows(ids: Iterable[str]) -> list[tuple[str]]:
+    return [(message_id,) for message_id in ids]
+
+
+@functools.lru_cache(256)
+def _sized(sql: str, size: int, width: int) -> str:
+    return sql.format(rows=", ".join(["(" + ", ".join("?" * width) + ")"] * size))
