@@ -41,10 +41,12 @@ class Dispatcher:
     def run(self) -> None:
         """Takes one step after the other until `close`; then puts back what no request carries."""
         work_in_background()
-        while (step := self._next()) is not None:
-            self._take(step)
-        for _ in range(self._config.senders):
-            self.jobs.put(None)
+        try:
+            while (step := self._next()) is not None:
+                self._take(step)
+        finally:
+            for _ in range(self._config.senders):
+                self.jobs.put(None)
         self.put_back()
 
     def advance(self) -> float:

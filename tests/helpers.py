@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +58,14 @@ def returned_by(call: Callable[[], Any]) -> Any:
         return answers.get(timeout=HANG)
     except queue.Empty:
         raise AssertionError("it hangs") from None
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits for something that can only be asked for; fails if it never happens."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        threading.Event().wait(0.01)
 
 
 def together(threads: int, call: Callable[[int], object]) -> None:

@@ -1,6 +1,7 @@
 """When a batch leaves and what follows a failure, as events at moments: no threads, no waiting."""
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Iterable
@@ -73,14 +74,31 @@ def test_the_linger_of_a_message(config: dict[str, Any], message: dict[str, Any]
     assert (entry.linger, entry.default_linger, entry.max_age) == expected
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("senders", 0), ("senders", True), ("batch_size", 1.5), ("max_pending", 99), ("max_delay", -1.0),
-    ("max_delay", math.inf), ("max_delay", math.nan), ("max_age", 0.0), ("backoff_base", 31.0), ("backoff_max", None),
-])  # fmt: skip
-def test_a_bad_setting_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ValidationError) as caught:
-        SmsProxyConfig(**{field: value})
-    assert caught.value.field == field
+WRONG: dict[str, list[Any]] = {
+    "batch_size": [True, 1.5, "2", None, math.nan],
+    "max_delay": [-1, -1e-9, math.nan, math.inf, "1", True, 10**400],
+    "senders": [0, -1, True, 1.0, None],
+    "max_pending": [0, -1, 99, 100.0, None],
+    "max_attempts": [1.5, True, "1"],
+    "backoff_base": [30.5, -1, math.nan, math.inf, None, "1", True],
+    "backoff_max": [-1, math.nan, math.inf, None, "1", True],
+    "max_age": [0, -1, math.nan, math.inf, "1", True],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_setting_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as raised:
+        SmsProxyConfig(**{name: value})
+    assert raised.value.field == name
+    assert [field.name for field in dataclasses.fields(SmsProxyConfig)] == list(WRONG), "every setting is here"
+
+
+@pytest.mark.parametrize("value", [1, 0, -1, -1000])
+def test_a_batch_size_and_attempts_below_one_count_as_one_and_some_settings_may_be_none(value: int) -> None:
+    config = SmsProxyConfig(batch_size=value, max_attempts=value, max_delay=None, max_age=None)
+    assert (config.batch_size, config.max_attempts, config.max_delay, config.max_age) == (1, 1, None, None)
+    assert SmsProxyConfig(max_attempts=None).max_attempts is None
 
 
 # The horizon

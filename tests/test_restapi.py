@@ -23,7 +23,7 @@ from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Peer, Response, exchange, raw, request, serving
 from providers import Gate, Recorder, Scripted
 from restapi import SmsServer
-from smsproxy import FAMILIES, InMemoryRepository, Reason, RepositoryUnavailableError, SmsProxy, SmsProxyConfig
+from smsproxy import InMemoryRepository, Reason, RepositoryUnavailableError, SmsProxy, SmsProxyConfig
 
 NUMBER, TEXT = "48123456789", "Your parcel is here"
 GOOD = {"PhoneNumber": NUMBER, "Content": TEXT}
@@ -381,22 +381,20 @@ def figures(server: SmsServer, key: str = "") -> dict[str, float]:
 def test_every_figure_and_every_label_value_is_there_at_0_from_the_start() -> None:
     with service(version="1.2.3") as server:
         found = figures(server)
-    expected = {each.name.removeprefix("smsproxy_") + ("_count" if each.bounds else "")
-                + (f'{{{each.label}="{value}"}}' if each.label else "")
-                for each in FAMILIES for value in each.values}  # fmt: skip
-    expected |= {f'http_responses_total{{route="{route}",code="{code}"}}'
+    expected = {f'http_responses_total{{route="{route}",code="{code}"}}'
         for route in ("/", "/healthz", "/metrics", "/openapi.json", "/sms", "/sms/<id>", "other")
         for code in (200, 202, 400, 401, 404, 405, 408, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)}  # fmt: skip
-    assert {key: found.get(key) for key in expected} == dict.fromkeys(expected, 0.0) | {"pending_messages_limit": 1e5}
+    assert {key: found.get(key) for key in expected} == dict.fromkeys(expected, 0.0)
+    assert found["pending_messages_limit"] == 1e5
     assert (found["http_connections"], found["http_connections_limit"]) == (1, 1_000)
     assert any(key.startswith('build_info{version="1.2.3",') for key in found)
     for name in ("cpu_seconds_total", "start_time_seconds", "resident_memory_bytes", "open_fds", "max_fds"):
         assert found[f"process_{name}"] > 0
 
 
-def test_what_the_system_does_not_tell_of_the_process_is_0(idle: SmsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_does_not_tell_of_the_process_is_left_out(idle: SmsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restapi.os, "listdir", lambda path: Path("/nowhere").stat())  # raises an OSError
-    assert figures(idle)["process_open_fds"] == 0
+    assert "process_open_fds" not in figures(idle)
 
 
 def test_the_figures_after_a_known_run_are_right() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import random
 import threading
@@ -15,7 +16,7 @@ import pytest
 import fastsmsing
 import message_ids
 import status_updater
-from helpers import HANG, returned_by
+from helpers import HANG, Clock, returned_by
 from smsproxy import (
     InMemoryRepository, MessageStatus, Metrics, Reason, RepositoryUnavailableError, StatusTransitionError, StatusUpdater,
     UnknownMessageError, UnknownStatusError,
@@ -118,16 +119,16 @@ def test_updates_are_counted_by_result_and_final_statuses_by_status() -> None:
     reports = {"a": "CONFIRMED", "b": "DELIVERED", "c": "FAILED", "d": Reason.EXPIRED, "x": "FAILED", "y": "LOST"}
     for report in ({"a": "FAILED"}, reports, {"b": "CONFIRMED"}, {"a": "DELIVERED"}):
         updater_of(repository, report, metrics=metrics)
-    counts = {label: row[0] for (name, label), row in metrics.rows().items() if name == "smsproxy_status_updates_total"}
+    counts = {label: metrics.reports.count(label) for label in ("applied", *StatusUpdater.RESULTS.values(), "error")}
     assert counts == {"applied": 4, "refused": 1, "unknown_message": 1, "unknown_status": 1, "error": 1}
-    assert [metrics.rows()["smsproxy_messages_final_total", label] for label in ("DELIVERED", "FAILED")] == [[2], [2]]
+    assert [metrics.final.count(label) for label in ("DELIVERED", "FAILED")] == [2, 2]
 
 
-def test_a_report_that_a_later_one_replaces_counts_as_applied_if_the_later_one_is() -> None:
+def test_a_report_that_a_later_one_replaces_counts_as_that_does() -> None:
     metrics = Metrics()
-    updater_of(Watched("a"), {"a": "CONFIRMED", "x": "CONFIRMED"}, {"a": "DELIVERED", "x": "DELIVERED"}, metrics=metrics)
-    counts = {label: row[0] for (name, label), row in metrics.rows().items() if name == "smsproxy_status_updates_total"}
-    assert (counts["applied"], counts["unknown_message"]) == (2, 1)
+    reports = [{"x": "CONFIRMED", "a": "CONFIRMED"}, {"x": "DELIVERED", "a": "DELIVERED"}]
+    updater_of(Watched("a"), *reports, metrics=metrics)
+    assert (metrics.reports.count("applied"), metrics.reports.count("unknown_message")) == (2, 2)
 
 
 def test_the_time_from_acceptance_to_the_final_status_is_observed() -> None:
@@ -136,8 +137,8 @@ def test_the_time_from_acceptance_to_the_final_status_is_observed() -> None:
     repository = Watched(message_id, "no-time")
     for report in ({message_id: "CONFIRMED"}, {message_id: "DELIVERED", "no-time": "DELIVERED"}, {message_id: "FAILED"}):
         updater_of(repository, report, metrics=metrics, wall_clock=lambda: now)
-    *counts, total = metrics.rows()["smsproxy_final_status_seconds", ""]
-    assert (sum(counts), round(total, 6)) == (1, 7)
+    assert metrics.final_time.total == 1
+    assert "smsproxy_final_status_seconds_sum 7" in metrics.final_time.text()
 
 
 def test_errors_are_bounded_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,16 +229,95 @@ def test_a_repository_that_is_away_for_a_while_costs_no_report(caplog: pytest.Lo
     with running(repository, {"a": "DELIVERED"}) as updater:
         returned_by(updater.updates.join)
     assert (repository.get("a"), errors_of(updater)) == (DELIVERED, [])
-    assert caplog.messages[0] == "status updates cannot be stored: disk full (1 times in 0 s)"
-    assert caplog.messages[1].endswith("1 errors: status updates cannot be stored")
+    first, last = caplog.messages
+    assert first == "status updates cannot be stored: disk full"
+    assert last.startswith("status updates cannot be stored: over after ") and last.endswith("1 error")
 
 
-def test_a_stop_ends_the_wait_for_a_repository_and_the_updates_are_errors() -> None:
-    repository = Watched("a", refusals=[RepositoryUnavailableError("disk full")] * 100)
-    with running(repository, {"a": "DELIVERED"}) as updater:
+def test_reports_that_a_stop_gives_up_are_never_acknowledged() -> None:
+    repository = Watched("a", "b", refusals=[RepositoryUnavailableError("disk full")] * 100)
+    with running(repository, {"a": "DELIVERED"}, {"b": "DELIVERED"}) as updater:
         assert repository.entered.acquire(timeout=HANG)
         assert returned_by(lambda: updater.stop(0.0)) is True
-    assert errors_of(updater) == [("a", RepositoryUnavailableError, DELIVERED)]
+    assert updater.updates.unfinished_tasks >= 2
+
+
+class Broken(Mapping[str, str]):
+    """A report that fails while it is read."""
+
+    def __iter__(self) -> Iterator[str]:
+        yield "a"
+        raise ValueError("48123456789")
+
+    def __getitem__(self, key: str) -> str:
+        return "DELIVERED"
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_a_report_that_cannot_be_read_costs_no_other_and_no_give_up(caplog: pytest.LogCaptureFixture) -> None:
+    repository = Watched("a", "b", "c")
+    updater_of(repository, {"b": "DELIVERED"}, Broken(), {"c": Reason.ATTEMPTS})
+    assert (repository.statuses("a", "b", "c"), repository.reason("c")) == ([DELIVERED, DELIVERED, FAILED], Reason.ATTEMPTS)
+    assert "48123456789" not in caplog.text
+
+
+def test_reports_about_ids_that_are_not_ours_are_one_line_without_an_id(caplog: pytest.LogCaptureFixture) -> None:
+    with running(Watched("a")) as updater:
+        for number in range(500):
+            updater.updates.put({f"48{number:09}": "DELIVERED"})
+        returned_by(updater.updates.join)
+    (line,) = caplog.messages
+    assert line.startswith("delivery reports are not applied: ") and "480000" not in line
+
+
+# Keeping house
+
+
+class Expiring:
+    """What `expire` would be: a step for each call, and when to call again."""
+
+    def __init__(self, *steps: tuple[list[str], float]) -> None:
+        self.steps, self.called = list(steps), threading.Semaphore(0)
+
+    def __call__(self) -> tuple[list[str], float]:
+        step = self.steps.pop(0) if self.steps else ([], math.inf)
+        self.called.release()
+        return step
+
+
+def test_it_looks_for_what_has_expired_at_the_start_and_when_it_is_reminded() -> None:
+    expire = Expiring(([], math.inf), ([], 0.001), (["a"], math.inf))
+    repository = Watched("a")
+    with running(repository, expire=expire) as updater:
+        assert expire.called.acquire(timeout=HANG)
+        updater.remind(0.001)
+        for _ in range(2):
+            assert expire.called.acquire(timeout=HANG)
+        assert repository.entered.acquire(timeout=HANG)
+    assert (repository.get("a"), repository.reason("a")) == (FAILED, Reason.EXPIRED)
+
+
+def test_what_expires_does_so_behind_the_reports_that_came_before() -> None:
+    repository = Watched("a")
+    updater = StatusUpdater(repository, expire=Expiring((["a"], math.inf)))
+    updater._keep_house()
+    assert list(updater.updates.queue) == [{"a": Reason.EXPIRED}]
+
+
+def test_a_reminder_wakes_it_only_for_what_comes_before_its_next_look() -> None:
+    clock = Clock()
+    updater = StatusUpdater(Watched(), clock=clock, expire=Expiring(([], 100.0)))
+    updater._keep_house()
+    updater.remind(100.0)
+    updater.remind(99.8)
+    assert updater.updates.empty()
+    updater.remind(50.0)
+    updater.remind(60.0)
+    assert list(updater.updates.queue) == [{}]
+    clock.advance(50.0)
+    assert updater._keep_house() is not None
 
 
 def test_a_stop_tells_when_the_updater_did_not_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,5 +332,6 @@ def test_a_stop_tells_when_the_updater_did_not_end_in_time(monkeypatch: pytest.M
 
 def test_messages_that_the_provider_reports_as_failed_are_logged_by_id(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    updater_of(Watched("a", "b", "c", "d"), {"a": "FAILED", "b": "DELIVERED", "c": "FAILED", "d": Reason.EXPIRED})
-    assert caplog.messages == ["FastSMSing reports 2 messages as FAILED: a c"]
+    a, b, c, d = ids = [f"01a21087-c443-7ce3-b466-{number:012x}" for number in range(4)]
+    updater_of(Watched(*ids), {a: "FAILED", b: "DELIVERED", c: "FAILED", d: Reason.EXPIRED})
+    assert caplog.messages == [f"FastSMSing reports 2 messages as FAILED: {a} {c}"]
