@@ -249,8 +249,6 @@ def read_settings(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Set
         parser.error("argument --max-batch-size: is gone; --batch-size is the most messages in one request")
     try:
         config = SmsProxyConfig(**{spec.name: options.pop(spec.name) for spec in dataclasses.fields(SmsProxyConfig)})
-        if config.backoff_base > config.backoff_max:
-            raise ValidationError("backoff_base", "must not be more than --backoff-max")
         make_client = load(options["client"])
     except ValidationError as error:
         parser.error(f"argument --{error.field.replace('_', '-')}: {error.problem}")

@@ -128,7 +128,7 @@ NO_DATABASE = "must be a SQLite file (./NAME if the name has a colon or an equal
     (f"--batch-size={HUGE}", f"argument --batch-size: '{HUGE[:40]}...' is not a whole number, at most 1000000000\n"),
     ("--max-age=0", "argument --max-age: '0' is not a number, more than 0 and at most 1000000000, or none\n"),
     ("--retention=1e12", "argument --retention: '1e12' is not a number, 0 to 1000000000\n"),
-    ("--backoff-base=31", "argument --backoff-base: must not be more than --backoff-max\n"),
+    ("--backoff-base=31", "argument --backoff-base: must not be more than backoff_max\n"),
     ("--db=mysql://x/y", f"argument --db: {NO_DATABASE}\n")])  # fmt: skip
 def test_what_is_refused_says_what_would_be_right(argv: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert line(capsys, [argv], {}) == said
