@@ -190,6 +190,11 @@ def test_an_end_that_overruns_its_deadline_is_cut_short_with_a_line() -> None:
     assert (code, out, err) == (1, "", "the end took too long, and is cut short\n")
 
 
+def test_an_end_that_keeps_to_its_deadline_is_not_cut_short() -> None:
+    body = "kill(signal.SIGTERM); over.wait(0.3); signals.exiting(0); sys.exit(0)"  # longer than OVERRUN
+    assert outcome(serving(takes=100.0) + body) == (0, "", "")
+
+
 def test_a_start_that_swallows_the_signal_is_cut_short_as_if_it_had_not() -> None:
     body = f"\n    try: kill(signal.SIGTERM)\n    except SystemExit: {WAIT}"
     assert outcome(body) == (128 + signal.SIGTERM, "", "")
