@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 try:
     import resource
@@ -40,6 +41,7 @@ FIRST_PASSED_DESCRIPTOR = 3  # sd_listen_fds(3)
 OVERRUN = 5.0  # seconds after its deadline at which a process that has not ended by itself is ended
 EXIT_TIME = 2.0  # seconds that the interpreter may take to exit: it joins threads, which may hang
 ENDING = (signal.SIGTERM, signal.SIGINT)
+LONGEST_WAIT = 3600.0  # seconds; the system's calls take no time of any length
 WAKE = b"\0"  # no signal has this number
 
 
@@ -113,7 +115,7 @@ class Signals:
         self._reactions: Reactions | None = None
         self._ended = False  # by the handler, in the main thread
         self._exit_code: int | None = None  # with which the process exits; None until that is known
-        self._over_at: float | None = None  # by time.monotonic(): when the process is ended if it still runs
+        self._exit_by = math.inf  # by time.monotonic(), from when everything is done: the process is ended then
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._watcher = threading.Thread(target=self._watch, name="smsproxy-signals-1", daemon=True)
@@ -148,7 +150,7 @@ class Signals:
     def exiting(self, code: int) -> None:
         """Everything is done: the process exits with this code, and is made to if it has not in a moment."""
         self._exit_code = code
-        self._over_at = time.monotonic() + EXIT_TIME
+        self._exit_by = time.monotonic() + EXIT_TIME
         with contextlib.suppress(OSError):
             self._writer.send(WAKE)
 
@@ -166,41 +168,39 @@ class Signals:
 
     def _watch(self) -> None:
         """Sees every signal, also while the main thread hangs; ends with `__exit__` or with the process."""
-        ends = 0
-        while numbers := self._next():
+        first = 0  # the signal that began the end
+        began = math.inf  # by time.monotonic()
+        while numbers := self._next(first, began):
             for number in numbers:
                 if number in ENDING:
-                    ends += 1
-                    if ends > 1:
+                    if first:
                         os._exit(128 + number)
-                    self._end_begins(number)
+                    first, began = number, time.monotonic()
             if self._reactions is not None and numbers != WAKE:
                 self._reactions.wake()
 
-    def _end_begins(self, number: int) -> None:
-        takes = 0.0
-        if self._reactions is None:
-            self._exit_code = 128 + number
-        else:
-            takes = self._reactions.stop_takes
-        self._over_at = time.monotonic() + takes + OVERRUN
-
-    def _next(self) -> bytes:
-        over_at = self._over_at
-        self._reader.settimeout(None if over_at is None else max(0.0, over_at - time.monotonic()) + 0.001)
+    def _next(self, first: int, began: float) -> bytes:
+        """The numbers of signals that came; `WAKE` after some time. Ends the process when its time is over."""
+        takes = 0.0 if self._reactions is None else self._reactions.stop_takes
+        left = min(began + takes + OVERRUN, self._exit_by) - time.monotonic()
+        if left <= 0:
+            self._overrun(first)
+        self._reader.settimeout(None if left == math.inf else min(left, LONGEST_WAIT))
         try:
             return self._reader.recv(64)
         except TimeoutError:
-            if self._over_at is not None and time.monotonic() >= self._over_at:
-                self._overrun()
             return WAKE
 
-    def _overrun(self) -> None:
-        """Ends the process; says so, unless that hangs, too."""
-        if self._exit_code is None:
+    def _overrun(self, first: int) -> NoReturn:
+        """Ends the process. If the end of one that served hangs, it says so, unless that hangs, too."""
+        code = self._exit_code
+        if code is None and self._reactions is None:
+            code = 128 + first
+        elif code is None:
             with contextlib.suppress(TimeoutError, RuntimeError):
                 within(1.0, lambda: log.critical("the end took too long, and is cut short"))
-        os._exit(1 if self._exit_code is None else self._exit_code)
+            code = 1
+        os._exit(code)
 
 
 # systemd

@@ -142,7 +142,7 @@ with Signals() as signals:
     {body}
 print("not reached", flush=True)
 """
-SERVES = "signals.react(Reactions({stop}, lambda: print('reload', flush=True), nothing, {takes})); "
+SERVES = "signals.react(Reactions({stop}, lambda: print('reload', flush=True), {wake}, {takes})); "
 
 
 def outcome(body: str) -> tuple[int, str, str]:
@@ -152,8 +152,8 @@ def outcome(body: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def serving(stop: str = "nothing", takes: float = 100.0) -> str:
-    return SERVES.format(stop=stop, takes=takes)
+def serving(stop: str = "nothing", takes: float = 100.0, wake: str = "nothing") -> str:
+    return SERVES.format(stop=stop, takes=takes, wake=wake)
 
 
 WAIT = "threading.Event().wait()"
@@ -167,6 +167,10 @@ def test_a_signal_before_it_serves_ends_it_quietly(number: int) -> None:
 def test_a_signal_while_it_serves_is_a_stop_and_a_hangup_a_reload() -> None:
     body = "kill(signal.SIGHUP, signal.SIGTERM); over.wait(); signals.exiting(7); sys.exit(7)"
     assert outcome(serving(stop="over.set") + body) == (7, "reload\n", "")
+
+
+def test_a_signal_wakes_what_the_main_thread_waits_in() -> None:
+    assert outcome(serving(wake="over.set") + "kill(signal.SIGHUP); over.wait(); sys.exit(3)") == (3, "reload\n", "")
 
 
 def test_a_hangup_before_it_serves_does_nothing() -> None:
