@@ -33,10 +33,10 @@ CONFLICTS = 10  # times that a statement is tried again when the server aborted 
 # The server's machine is gone, or a firewall forgot the connection: both are noticed in about ten seconds at most.
 KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2, "tcp_user_timeout": 8000}
 # For this transaction only. The tables grow from nothing to a hundred thousand rows and back faster than statistics are
-# gathered; a plan that reads all of a table that was small a minute ago is the one that must not be chosen.
+# gathered; a plan that reads all of a table or an index that was small a minute ago is the one that must not be chosen.
 SETTINGS = """
 SELECT set_config('statement_timeout', %s, true), set_config('enable_seqscan', 'off', true),
-    set_config('jit', 'off', true)
+    set_config('enable_bitmapscan', 'off', true), set_config('jit', 'off', true)
 """
 
 

@@ -13,7 +13,7 @@ from incident_log import Incident, location
 from message_model import RepositoryUnavailableError
 
 from .connections import Database
-from .statements import RENEW, UNCLAIM
+from .statements import RELEASE, RENEW
 
 __all__ = ["Lease", "Leases", "monotonic"]
 
@@ -90,6 +90,11 @@ class Leases:
                 self._drop(lease)
             return self._held.get(lease.id) is lease
 
+    def known(self, lease: Lease) -> set[str]:
+        """Which of its messages are in the outbox as far as we know; none when the lease is lost."""
+        with self._lock:
+            return set(lease.remaining) if self._held.get(lease.id) is lease else set()
+
     def ended_by(self, message_ids: Collection[str]) -> list[int]:
         """The batches that have no messages left when these have left the outbox."""
         with self._lock:
@@ -107,7 +112,7 @@ class Leases:
                         self._drop(lease)
 
     def close(self, deadline: float) -> None:
-        """Ends the thread, which frees the batches that no sender began with: they were claimed while the senders stopped.
+        """Ends the thread, which frees the batches that no sender began with: claimed while the senders stopped.
 
         What else is still held is in a request that did not end, so it waits out its lease, and so does everything
         when the database hangs. Blocks until `deadline` at most, a moment of `time.monotonic`, and a little longer.
@@ -177,4 +182,4 @@ class Leases:
             for lease in free:
                 self._drop(lease)
         if free:
-            self._database.run(UNCLAIM, (sorted(lease.id for lease in free), self.owner))
+            self._database.run(RELEASE, (self.owner, sorted(lease.id for lease in free), None))

@@ -6,23 +6,25 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from base_repository import FORGET_STEP, RETENTION, Claim, Repository
+from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository
 from fastsmsing import Message
 from message_model import (
     STATUS_OF, Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, RepositoryUnavailableError,
     SmsProxyError, StatusTransitionError, UnknownMessageError, ValidationError, check_transition,
 )  # fmt: skip
 
-from .backlog import Backlog
+from .backlog import Backlog, Counts
 from .connections import Database
 from .leases import Lease, Leases
 from .schema import prepare
 from .statements import (
-    CHECK, CLAIM, COUNT, FORGET, HANDED_OVER, KNOWN, OLDEST, RELEASE, SAVE, SIZE, STATUS, UPDATE,
+    AGES, CANCEL, CHECK, CLAIM, COUNT, EXPIRE, FORGET, HANDED_OVER, HASTEN, KNOWN, RELEASE, SAVE, SIZE, STATUS, UNSENT,
+    UPDATE,
 )  # fmt: skip
 
 __all__ = ["PostgresRepository"]
@@ -32,6 +34,10 @@ CLOSE_TIMEOUT = 1.0  # seconds for what is still worth doing at the end
 CHECK_TIMEOUT = 2.0  # seconds
 LARGEST = 1_000_000  # messages in one batch; bounds what one claim can read
 FORGET_PAUSE = 0.1  # seconds, shortest time between two looks for what is to be forgotten, when the last found little
+UNSENT_TIMEOUT = 1.0  # seconds; before each request, which goes on without an answer
+EXPIRY_LOOK = 1.0  # seconds, longest time between two looks for what expired, while anything in the outbox ever does
+EXPIRY_LOOK_IDLE = 2.0  # seconds, the same while nothing does; another process's message may, and that process may die
+HASTEN_STEP = 5_000  # messages that are brought forward in one statement, during which nobody claims
 LONGEST = 1e9  # seconds, some thirty years; PostgreSQL refuses times further away than some 300,000
 SLICE = 60.0  # seconds, longest; times of changes are rounded up to slices, so most changes leave the index alone
 
@@ -73,7 +79,7 @@ class PostgresRepository(Repository):
             prepare(self._database)
             undo.pop_all()
         self._leases = Leases(Database(url, 1), min(lease, LONGEST))
-        self._backlog = Backlog(lambda: int(self._database.run(COUNT)[0][0]), clock)
+        self._backlog = Backlog(lambda: Counts(*self._database.run(COUNT)[0]), clock)
         self._forget_at = -math.inf  # by our clock: before that nothing is to be forgotten
 
     # Accepting
@@ -83,43 +89,52 @@ class PostgresRepository(Repository):
         fresh: dict[str, Entry] = {}
         for entry in filter(lambda entry: _storable(entry.message.message_id), entries):
             fresh.setdefault(entry.message.message_id, entry)  # of those with one ID the first counts
-        room = len(fresh) if max_pending is None else max_pending - self._backlog.get()
-        if max_pending is not None and room < len(fresh):  # others may have handed over a lot since the last count
-            room = max(0, max_pending - self._backlog.recount())
         known: dict[str, bytes | None] = {}
+        room = len(fresh) if max_pending is None else self._room(len(fresh), max_pending)
         if room < len(fresh):  # those that are known are told so, however full it is
             known = self._known(fresh)
             fresh = dict([item for item in fresh.items() if item[0] not in known][:room])
-        self._backlog.add(len(fresh))  # at once: others are saving, too
-        saved: set[str] = set()
-        try:
-            saved, again = self._insert(list(fresh.values()))
-        finally:
-            self._backlog.add(len(saved) - len(fresh))
+        saved, again = self._insert(list(fresh.values())) if fresh else (set(), False)
         if missing := fresh.keys() - saved:
             found = self._known(missing)
             if again:  # what had no key got an ID that nobody can have used before: our first try saved it
                 saved |= {each for each in missing if (found.get(each, b""), fresh[each].fingerprint) == (None, None)}
             known.update(found)
         known.update((each, fresh[each].fingerprint) for each in saved)
-        now = self._clock()
+        now, errors = self._clock(), list[Exception | None]()
         for entry in entries:
-            entry.accepted_at = now
-        return [None if (each := entry.message.message_id) in saved and fresh[each] is entry else _not_saved(each, known)
-                for entry in entries]  # fmt: skip
+            entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
+            message_id = entry.message.message_id
+            ours = message_id in saved and fresh[message_id] is entry
+            errors.append(None if ours else _not_saved(message_id, known))
+        return errors
+
+    def _room(self, wanted: int, max_pending: int) -> int:
+        """How many of so many messages may be saved."""
+        room = max_pending - self._backlog.get().pending
+        if room < wanted:  # others may have handed over a lot since the last count
+            room = max_pending - self._backlog.recount().pending
+        return max(0, room)
 
     def _insert(self, entries: Sequence[Entry]) -> tuple[set[str], bool]:
-        if not entries:
-            return set(), False
         messages = [entry.message for entry in entries]
         columns = (
             [message.message_id for message in messages],
             [message.phone_number for message in messages],
             [message.message.encode() for message in messages],
             [entry.fingerprint for entry in entries],
+            [float(entry.linger) for entry in entries],
+            [entry.default_linger for entry in entries],
+            [float(entry.max_age) for entry in entries],
         )
-        rows, again = self._database.run_again(lambda again: (SAVE, (*columns, self._retention)))
-        return {row[0] for row in rows}, again
+        self._backlog.add(len(entries), len(entries))  # at once: others are saving, too
+        saved: set[str] = set()
+        try:
+            rows, again = self._database.run_again(lambda again: (SAVE, (*columns, self._retention)))
+            saved = {row[0] for row in rows}
+        finally:
+            self._backlog.add(len(saved) - len(entries), len(saved) - len(entries))
+        return saved, again
 
     def _known(self, ids: Any) -> dict[str, bytes | None]:
         return dict(self._database.run(KNOWN, (sorted(ids), self._retention)))
@@ -146,12 +161,15 @@ class PostgresRepository(Repository):
         wanted = [STATUS_OF[updates[each]] for each in ids]
         reasons = [each.value if isinstance(each := updates[message_id], Reason) else None for message_id in ids]
         parameters = {
-            "ids": ids, "statuses": [status.value for status in wanted], "reasons": reasons, "retention": self._retention,
-            "slice": self._slice, "ended": self._leases.ended_by(updates.keys()),
+            "ids": ids, "statuses": [status.value for status in wanted], "reasons": reasons,
+            "retention": self._retention, "slice": self._slice, "ended": self._leases.ended_by(updates.keys()),
         }  # fmt: skip
         rows, again = self._database.run_again(lambda again: (UPDATE, parameters)) if ids else ([], False)
-        found = {row[0]: (MessageStatus(row[1]), row[2] or again and row[1] == STATUS_OF[updates[row[0]]]) for row in rows}
-        self._backlog.add(-rows[0][3] if rows else 0)
+        found: dict[str, tuple[MessageStatus, bool]] = {}
+        for message_id, before, allowed, gone, waited in rows:
+            found[message_id] = MessageStatus(before), allowed or (again and before == STATUS_OF[updates[message_id]])
+        if rows:
+            self._backlog.add(-gone, -waited)
         self._leases.remove([message_id for message_id, (_, applied) in found.items() if applied])
         errors: dict[str, Exception] = {}
         for message_id, update in updates.items():
@@ -162,49 +180,90 @@ class PostgresRepository(Repository):
 
     # Handing over
 
-    def claim(self, size: int, max_delay: float | None) -> Claim:
+    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
         """See `Repository`. One statement. When its answer is lost, what it took waits out its lease."""
+        size = min(size, LARGEST)
         sent_at = self._leases.clock()  # also if it is sent twice: too early does no harm
-        delay = None if max_delay is None else min(max_delay, 1e9)
-        rows = self._database.run(CLAIM, (self._leases.owner, min(size, LARGEST), delay, self._leases.seconds))
-        batch_id, waiting, due = rows[0][:3]
-        if batch_id is None:
-            return Claim(None, waiting, due)
-        entries = _entries(rows[1:], self._clock())
-        lease = self._leases.add(batch_id, sent_at, [row[3] for row in rows[1:]])
-        return Claim(Batch(entries, lease), waiting)
+        parameters = (self._leases.owner, size, float(horizon), flush, self._leases.seconds)
+        rows = self._database.run(CLAIM, parameters)
+        batch_id, waited, taken, due_in, full_in, near = rows[0][:6]
+        self._backlog.add(0, -taken)
+        waiting, messages = waited - taken, [row[6:] for row in rows[1:]]
+        if waited > size:  # the look ended before the outbox did; and a batch does not wait for a count
+            waiting = max(waiting, (self._backlog.peek() if messages else self._backlog.get()).waiting)
+        if not messages:
+            return Claim(None, waiting, due_in, full_in, near)
+        lease = self._leases.add(batch_id, sent_at, [row[0] for row in messages])
+        return Claim(Batch(_entries(messages, self._clock()), lease), waiting)
 
     def release(self, batch: Batch) -> None:
         """See `Repository`. Does nothing when the lease is lost: then the batch is another process's."""
         if not isinstance(batch.lease, Lease):
             return
-        parameters = {"ids": sorted(batch.ids), "batch": batch.lease.id, "owner": self._leases.owner,
-                      "ended": self._leases.ended_by(batch.ids)}  # fmt: skip
-        self._database.run(RELEASE, parameters)
+        rows = self._database.run(RELEASE, (self._leases.owner, [batch.lease.id], sorted(batch.ids)))
+        self._backlog.add(0, rows[0][0])
         self._leases.remove(batch.ids)
+
+    def unsent(self, batch: Batch) -> Batch:
+        """See `Repository`. While the database is away: what is left as far as this process knows."""
+        if not isinstance(batch.lease, Lease):
+            return batch.only(lambda entry: False)
+        try:
+            rows = self._database.run(UNSENT, (batch.lease.id, self._leases.owner), timeout=UNSENT_TIMEOUT)
+        except RepositoryUnavailableError:
+            left = self._leases.known(batch.lease)
+        else:
+            left = {row[0] for row in rows}
+            self._leases.remove(set(batch.ids) - left)
+        return batch if left.issuperset(batch.ids) else batch.only(lambda entry: entry.message.message_id in left)
 
     def handed_over(self, batch: Batch) -> None:
         """See `Repository`. Also when the lease is lost: FastSMSing took the messages."""
         ids = sorted(filter(_storable, batch.ids))
         parameters = {"ids": ids, "slice": self._slice, "ended": self._leases.ended_by(ids)}
-        rows = self._database.run(HANDED_OVER, parameters)
-        self._backlog.add(-rows[0][0])
+        gone, waited = self._database.run(HANDED_OVER, parameters)[0]
+        self._backlog.add(-gone, -waited)
         self._leases.remove(ids)
 
     def holds(self, batch: Batch) -> bool:
         """See `Repository`. By this machine's clock, which says no before the database lets others say yes."""
         return not isinstance(batch.lease, Lease) or self._leases.holds(batch.lease)
 
+    # What waits
+
+    def cancel(self, message_id: str) -> bool:
+        """See `Repository`. One statement, under the lock of the claims."""
+        if not _storable(message_id):
+            return False
+        cancelled, now = self._database.run(CANCEL, (message_id, self._retention, self._slice))[0]
+        self._backlog.add(-now, -now)
+        return bool(cancelled)
+
+    def expire(self) -> tuple[list[str], float]:
+        """See `Repository`. What other processes accept may expire before what is known here: the wait is short."""
+        (_, soonest), *rows = self._database.run(EXPIRE, (EXPIRE_STEP, self._slice))
+        self._backlog.add(-len(rows), -len(rows))
+        if len(rows) == EXPIRE_STEP:
+            return [row[0] for row in rows], 0.0
+        # With jitter, or all instances would look together.
+        longest = (EXPIRY_LOOK if soonest < math.inf else EXPIRY_LOOK_IDLE) * (0.75 + random.random() / 4)
+        return [row[0] for row in rows], min(soonest, longest)
+
+    def hasten(self, max_delay: float) -> None:
+        """See `Repository`. Some thousand messages in one statement."""
+        while self._database.run(HASTEN, (float(max_delay), HASTEN_STEP))[0][0] == HASTEN_STEP:
+            pass
+
     # Watching
 
     def backlog(self) -> int:
         """See `Repository`. Of all processes together; about a second old."""
-        return self._backlog.get()
+        return self._backlog.get().pending
 
-    def oldest(self) -> float | None:
-        """See `Repository`. Of all processes together."""
-        rows = self._database.run(OLDEST)
-        return max(0.0, rows[0][0]) if rows else None
+    def ages(self) -> Ages:
+        """See `Repository`. Of all processes together. Reads the whole outbox."""
+        oldest, past_due = self._database.run(AGES)[0]
+        return Ages(max(0.0, oldest), max(0.0, past_due))
 
     def size(self) -> int:
         """See `Repository`. The tables with their indexes."""
@@ -252,8 +311,12 @@ def _not_saved(message_id: str, known: Mapping[str, bytes | None]) -> Exception:
 
 def _entries(rows: Sequence[Any], now: float) -> tuple[Entry, ...]:
     """The messages of a batch, as `claim` in the database tells them."""
-    return tuple([Entry(Message(phone, bytes(content).decode(), message_id), None, now - age)
-                  for *_, message_id, phone, content, age in rows])  # fmt: skip
+    entries = []
+    for message_id, phone, content, age, linger, max_age, by_default in rows:
+        message, accepted_at = Message(phone, bytes(content).decode(), message_id), now - age
+        times = accepted_at, accepted_at + linger, accepted_at + max_age
+        entries.append(Entry(message, None, linger, by_default, max_age, *times))
+    return tuple(entries)
 
 
 def _refusal(message_id: str, current: MessageStatus, status: MessageStatus) -> Exception:

@@ -3,24 +3,18 @@
 IDs are sorted wherever rows get locked, so that two statements never wait for each other; and messages are locked
 before the outbox, by every statement that changes both.
 """
+from __future__ import annotations
+
 from message_model import TRANSITIONS
 
 __all__ = [
-    "CHECK", "CLAIM", "COUNT", "FORGET", "HANDED_OVER", "KNOWN", "OLDEST", "RELEASE", "RENEW", "SAVE", "SIZE", "STATUS",
-    "UNCLAIM", "UPDATE",
+    "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "KNOWN", "RELEASE", "RENEW",
+    "SAVE", "SIZE", "STATUS", "UNSENT", "UPDATE",
 ]  # fmt: skip
 
 SAVE = """
-WITH given AS (
-    SELECT * FROM unnest(%s::text[], %s::text[], %s::bytea[], %s::bytea[])
-    WITH ORDINALITY AS g(id, phone_number, content, fingerprint, place)
-), saved AS (
-    INSERT INTO smsproxy.message AS m (id, fingerprint) SELECT id, fingerprint FROM given ORDER BY id
-    ON CONFLICT (id) DO UPDATE SET status = 'ACCEPTED', reason = NULL, changed_at = NULL, fingerprint = excluded.fingerprint
-    WHERE m.changed_at <= clock_timestamp() - %s::float8 * interval '1 s' RETURNING m.id
-)
-INSERT INTO smsproxy.outbox (id, phone_number, content)
-SELECT g.id, g.phone_number, g.content FROM given g JOIN saved USING (id) ORDER BY g.place RETURNING id
+SELECT * FROM smsproxy.save(
+    %s::text[], %s::text[], %s::bytea[], %s::bytea[], %s::float8[], %s::boolean[], %s::float8[], %s::float8)
 """
 KNOWN = """
 SELECT id, fingerprint FROM smsproxy.message WHERE id = ANY (%s::text[])
@@ -30,9 +24,16 @@ STATUS = """
 SELECT status, reason FROM smsproxy.message WHERE id = %s
 AND (changed_at > clock_timestamp() - %s::float8 * interval '1 s') IS NOT FALSE
 """
-CHANGED_AT = "to_timestamp(ceil(extract(epoch FROM clock_timestamp()) / {0}::float8) * {0}::float8)".format("%(slice)s")
 TRANSITION = f"""(m.status, g.status) IN ({
     ', '.join(f"('{old.value}', '{new.value}')" for old, all_new in TRANSITIONS.items() for new in sorted(all_new))})"""
+# Messages `gone` have left the outbox, so a batch that has no others is over. One whose row is locked is left alone:
+# whoever has the lock, or the next renewal, sees that it is empty.
+ENDED = """
+    DELETE FROM smsproxy.batch WHERE id IN (
+        SELECT b.id FROM smsproxy.batch b WHERE b.id = ANY (%(ended)s::bigint[]) AND NOT EXISTS (
+            SELECT FROM smsproxy.outbox o WHERE o.batch = b.id AND o.id NOT IN (SELECT g.id FROM gone g)
+        ) FOR UPDATE SKIP LOCKED)
+"""
 UPDATE = f"""
 WITH found AS MATERIALIZED (
     SELECT m.id, m.status AS before, g.status, g.reason, {TRANSITION} AS allowed
@@ -41,44 +42,39 @@ WITH found AS MATERIALIZED (
     WHERE (m.changed_at > clock_timestamp() - %(retention)s::float8 * interval '1 s') IS NOT FALSE
     ORDER BY m.id FOR UPDATE OF m
 ), done AS (
-    UPDATE smsproxy.message m SET status = f.status, reason = f.reason, changed_at = {CHANGED_AT}
+    UPDATE smsproxy.message m SET status = f.status, reason = f.reason, changed_at = smsproxy.changed(%(slice)s::float8)
     FROM found f WHERE m.id = f.id AND f.allowed
 ), gone AS (
-    DELETE FROM smsproxy.outbox WHERE id IN (SELECT id FROM found WHERE allowed) RETURNING id
-), ended AS (
-    DELETE FROM smsproxy.batch WHERE id = ANY (%(ended)s::bigint[]) AND (SELECT count(*) FROM found) >= 0
-)
-SELECT id, before, allowed, (SELECT count(*) FROM gone) FROM found
+    DELETE FROM smsproxy.outbox WHERE id IN (SELECT id FROM found WHERE allowed) RETURNING id, batch IS NULL AS waited
+), ended AS ({ENDED})
+SELECT id, before, allowed, (SELECT count(*) FROM gone), (SELECT count(*) FROM gone WHERE waited) FROM found
 """
 HANDED_OVER = f"""
 WITH found AS MATERIALIZED (
     SELECT m.id FROM unnest(%(ids)s::text[]) AS g(id) JOIN smsproxy.message m ON m.id = g.id COLLATE "C"
     WHERE m.changed_at IS NULL ORDER BY m.id FOR UPDATE OF m
 ), done AS (
-    UPDATE smsproxy.message SET changed_at = {CHANGED_AT} WHERE id IN (SELECT id FROM found)
+    UPDATE smsproxy.message SET changed_at = smsproxy.changed(%(slice)s::float8) WHERE id IN (SELECT id FROM found)
 ), gone AS (
-    DELETE FROM smsproxy.outbox WHERE id IN (SELECT id FROM found) RETURNING id
-), ended AS (
-    DELETE FROM smsproxy.batch WHERE id = ANY (%(ended)s::bigint[]) AND (SELECT count(*) FROM found) >= 0
-)
-SELECT count(*) FROM gone
+    DELETE FROM smsproxy.outbox WHERE id IN (SELECT id FROM found) RETURNING id, batch IS NULL AS waited
+), ended AS ({ENDED})
+SELECT count(*), count(*) FILTER (WHERE waited) FROM gone
 """
-CLAIM = "SELECT * FROM smsproxy.claim(%s::uuid, %s::bigint, %s::float8, %s::float8)"
+CLAIM = "SELECT * FROM smsproxy.claim(%s::uuid, %s::bigint, %s::float8, %s::boolean, %s::float8)"
 RENEW = "SELECT * FROM smsproxy.renew(%s::uuid, %s::bigint[], %s::float8)"
-RELEASE = """
-WITH whole AS (
-    DELETE FROM smsproxy.batch WHERE id = ANY (%(ended)s::bigint[]) AND owner = %(owner)s::uuid RETURNING id
-)
-UPDATE smsproxy.batch b SET seqs = ARRAY(
-    SELECT s FROM unnest(b.seqs) AS u(s)
-    EXCEPT SELECT o.seq FROM smsproxy.outbox o WHERE o.id = ANY (%(ids)s::text[]) ORDER BY 1
-) WHERE b.id = %(batch)s AND b.owner = %(owner)s::uuid AND NOT b.id = ANY (%(ended)s::bigint[])
+RELEASE = "SELECT smsproxy.release(%s::uuid, %s::bigint[], %s::text[])"
+UNSENT = """
+SELECT o.id FROM smsproxy.outbox o JOIN smsproxy.batch b ON b.id = o.batch
+WHERE o.batch = %s::bigint AND b.owner = %s::uuid
 """
-UNCLAIM = "DELETE FROM smsproxy.batch WHERE id = ANY (%s::bigint[]) AND owner = %s::uuid"
-COUNT = "SELECT count(*) FROM smsproxy.outbox"
-OLDEST = """
-SELECT extract(epoch FROM clock_timestamp() - accepted_at)::float8 FROM smsproxy.outbox
-WHERE seq >= (SELECT front FROM smsproxy.pulse) ORDER BY seq LIMIT 1
+CANCEL = "SELECT * FROM smsproxy.cancel(%s, %s::float8, %s::float8)"
+EXPIRE = "SELECT * FROM smsproxy.expire(%s::bigint, %s::float8)"
+HASTEN = "SELECT smsproxy.hasten(%s::float8, %s::bigint)"
+COUNT = "SELECT count(*), count(*) FILTER (WHERE batch IS NULL) FROM smsproxy.outbox"
+AGES = """
+SELECT coalesce(extract(epoch FROM clock_timestamp() - min(accepted_at)), 0)::float8,
+    coalesce(-smsproxy.seconds(clock_timestamp(), min(due)), 0)
+FROM smsproxy.outbox
 """
 FORGET = """
 WITH alone AS MATERIALIZED (

@@ -128,10 +128,11 @@ class Cluster:
 def let_pass(cluster: Cluster, url: str, seconds: float) -> None:
     """Lets time pass for the database: all that it wrote down lies so much further back."""
     shift = f"- interval '{seconds} s'"
-    cluster.sql(url, f"UPDATE smsproxy.outbox SET accepted_at = accepted_at {shift}")
+    cluster.sql(url, f"UPDATE smsproxy.outbox SET accepted_at = accepted_at {shift}, due = due {shift}, expires = expires {shift}")
     cluster.sql(url, f"UPDATE smsproxy.message SET changed_at = changed_at {shift}")
     cluster.sql(url, f"UPDATE smsproxy.batch SET lease_until = lease_until {shift}")
-    cluster.sql(url, f"UPDATE smsproxy.pulse SET resumed_at = resumed_at {shift}")
+    cluster.sql(url, f"UPDATE smsproxy.pulse SET resumed_at = resumed_at {shift}, front = front {shift}, "
+                f"next_front = next_front {shift}")  # fmt: skip
 
 
 class Passage:

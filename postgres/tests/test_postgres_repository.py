@@ -59,12 +59,16 @@ def repository(make: Make) -> PostgresRepository:
     return make()
 
 
-def entry(message_id: str | None = None, text: str = "Hi", fingerprint: bytes | None = None) -> Entry:
-    return Entry(Message("48123456789", text, message_id or NewIds()()), fingerprint)
+def entry(
+    message_id: str | None = None, text: str = "Hi", fingerprint: bytes | None = None, *, linger: float = 0.0,
+    max_age: float = math.inf,
+) -> Entry:  # fmt: skip
+    message = Message("48123456789", text, message_id or NewIds()())
+    return Entry(message, fingerprint, linger, max_age=max_age)
 
 
-def fill(repository: PostgresRepository, count: int) -> list[str]:
-    entries = [entry() for _ in range(count)]
+def fill(repository: PostgresRepository, count: int, **times: float) -> list[str]:
+    entries = [entry(**times) for _ in range(count)]
     assert repository.save_all(entries) == [None] * count
     return [each.message.message_id for each in entries]
 
@@ -173,11 +177,11 @@ def test_messages_leave_in_order_of_acceptance_and_batches_are_full(make: Make) 
 
 def test_many_that_claim_at_once_get_full_batches_and_no_message_twice(make: Make) -> None:
     repositories = [make(), make(), make()]
-    ids = fill(repositories[0], 700)
+    ids = fill(repositories[0], 700, linger=math.inf)
 
     def take(repository: PostgresRepository) -> list[Batch]:
         batches = []
-        while (found := repository.claim(70, 60.0)).batch is not None:
+        while (found := repository.claim(70, math.inf)).batch is not None:
             batches.append(found.batch)
         return batches
 
@@ -190,13 +194,13 @@ def test_many_that_claim_at_once_get_full_batches_and_no_message_twice(make: Mak
 def test_a_batch_that_is_not_due_is_not_cut_and_takes_no_lock(
     cluster: Cluster, url: str, repository: PostgresRepository
 ) -> None:
-    fill(repository, 2)
+    fill(repository, 2, linger=1000.0)
     with psycopg.connect(url) as db:
         db.execute("SELECT FROM smsproxy.mutex WHERE name = 'claim' FOR UPDATE")
         found = repository.claim(3, 1000.0)
-        assert (found.batch, found.waiting) == (None, 2)
-        assert found.wait == pytest.approx(1000.0, abs=HANG)
-        assert repository.claim(3, None).wait is None
+        assert (found.batch, found.waiting, found.near, found.full_in) == (None, 2, 2, math.inf)
+        assert found.due_in == pytest.approx(1000.0, abs=HANG)
+        assert repository.claim(3, math.inf).batch is None
     let_pass(cluster, url, 1000.0)
     assert len(claim(repository)) == 2
 
@@ -206,7 +210,7 @@ def test_an_entry_knows_when_it_was_accepted_by_the_clock_here(cluster: Cluster,
     fill(repository, 1)
     let_pass(cluster, url, 500.0)
     assert claim(repository).entries[0].accepted_at == pytest.approx(500.0, abs=HANG)
-    assert repository.oldest() == pytest.approx(500.0, abs=HANG)
+    assert repository.ages().oldest == pytest.approx(500.0, abs=HANG)
 
 
 def test_what_is_due_is_forgotten_in_steps_by_one_at_a_time(cluster: Cluster, url: str, make: Make) -> None:
@@ -565,7 +569,7 @@ def test_a_server_that_is_down_is_unavailable_and_then_available_again(cluster: 
         for call in (repository.check, repository.backlog, lambda: repository.get("a"), lambda: repository.claim(1, 0.0)):
             with pytest.raises(RepositoryUnavailableError):
                 call()
-                repository.oldest()  # the backlog may still be known
+                repository.ages()  # the backlog may still be known
     finally:
         cluster.resume()
     repository.check()
