@@ -4,10 +4,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster import Bouncer, Cluster, Passage, find_programs, run_as
+from postgres import PostgresRepository
+from repositories import LEASE, Make
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +41,27 @@ def url(cluster: Cluster, database: str) -> str:
     cluster.sql("postgres", f"ALTER DATABASE test RESET ALL; {leave}")
     cluster.sql(database, "DROP SCHEMA IF EXISTS smsproxy CASCADE")
     return database
+
+
+@pytest.fixture
+def make(url: str) -> Iterator[Make]:
+    """Makes repositories on the test's database, and closes them."""
+    made: list[PostgresRepository] = []
+
+    def factory(given: str = url, **options: Any) -> PostgresRepository:
+        options = {"lease": LEASE, **options}
+        made.append(PostgresRepository(given, **options))
+        return made[-1]
+
+    yield factory
+    for repository in made:
+        repository.close()
+
+
+@pytest.fixture
+def repository(make: Make) -> PostgresRepository:
+    """A repository on a new database."""
+    return make()
 
 
 @pytest.fixture

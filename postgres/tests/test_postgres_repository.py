@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,69 +15,13 @@ import pytest
 import postgres.connections
 from cluster import HANG, Bouncer, Cluster, let_pass, until
 from fastsmsing import Message
-from postgres import PostgresRepository, check_database
-from postgres.schema import MIGRATIONS
-from smsproxy import (
-    Batch, DuplicateMessageError, Entry, MessageStatus, NewIds, OverloadedError, Reason, RepositoryUnavailableError,
+from message_model import (
+    Batch, DuplicateMessageError, MessageStatus, OverloadedError, Reason, RepositoryUnavailableError,
     StatusTransitionError, UnknownMessageError,
 )  # fmt: skip
-
-LEASE = 60.0  # seconds; no test waits so long, so what needs a lease to end moves the clocks
-
-
-class Clock:
-    """A machine's clock for leases, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-Make = Callable[..., PostgresRepository]
-
-
-@pytest.fixture
-def make(url: str) -> Iterator[Make]:
-    """Makes repositories on the test's database, and closes them."""
-    made: list[PostgresRepository] = []
-
-    def factory(given: str = url, **options: Any) -> PostgresRepository:
-        options = {"lease": LEASE, **options}
-        made.append(PostgresRepository(given, **options))
-        return made[-1]
-
-    yield factory
-    for repository in made:
-        repository.close()
-
-
-@pytest.fixture
-def repository(make: Make) -> PostgresRepository:
-    """A repository on a new database."""
-    return make()
-
-
-def entry(
-    message_id: str | None = None, text: str = "Hi", fingerprint: bytes | None = None, *, linger: float = 0.0,
-    max_age: float = math.inf,
-) -> Entry:  # fmt: skip
-    message = Message("48123456789", text, message_id or NewIds()())
-    return Entry(message, fingerprint, linger, max_age=max_age)
-
-
-def fill(repository: PostgresRepository, count: int, **times: float) -> list[str]:
-    entries = [entry(**times) for _ in range(count)]
-    assert repository.save_all(entries) == [None] * count
-    return [each.message.message_id for each in entries]
-
-
-def claim(repository: PostgresRepository, size: int = 100) -> Batch:
-    found = repository.claim(size, 0.0)
-    assert found.batch is not None
-    return found.batch
-
+from postgres import PostgresRepository, check_database
+from postgres.schema import MIGRATIONS
+from repositories import LEASE, Clock, Make, claim, entry, fill
 
 # What is stored
 
