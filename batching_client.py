@@ -7,7 +7,6 @@ import queue
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -124,13 +123,14 @@ class SimpleBatchingClient:
         return errors
 
     def _count_refusals(self, errors: Sequence[Exception | None]) -> None:
-        refused = Counter(map(type, filter(None, errors)))
-        for kind, (cause, incident) in self._refusals.items():
-            if refused[kind]:
-                self._metrics.refused.add(refused[kind], cause)
-                incident.failed(next(error for error in errors if type(error) is kind))
-            elif len(refused) == 0:
+        if not any(errors):
+            for _, incident in self._refusals.values():
                 incident.ended()
+            return
+        for kind, (cause, incident) in self._refusals.items():
+            if refused := [error for error in errors if isinstance(error, kind)]:
+                self._metrics.refused.add(len(refused), cause)
+                incident.failed(refused[0])
 
     # Expiry
 

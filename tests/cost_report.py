@@ -1,10 +1,10 @@
-"""What a policy costs: replays arrivals through the real batching client in virtual time; prints a table, draws a picture.
+"""What a policy costs: replays arrivals through the real batching client in virtual time; prints tables, draws pictures.
 
-    python tests/cost_report.py [--messages 20000] [--seed 1] [--svg docs/cost.svg]
+    python tests/cost_report.py [--messages 20000] [--seed 1] [--svg docs]
 
-Every row is one policy on one trace of arrivals. *Requests* are those the provider is paid for, failed ones
-included, per 1,000 messages. *Wait* is the time from a message's arrival to the start of the request that hands it
-over.
+**One linger for all.** Every row is one policy on one trace of arrivals. *Requests* are those the provider is paid for,
+failed ones included, per 1,000 messages. *Wait* is the time from a message's arrival to the start of the request that
+hands it over.
 
 *Of the optimum* compares with the fewest requests that any policy could have made, even one that knows the
 future, is never held up by a slow provider and never meets a failure, if no message is to wait longer than this row's
@@ -13,10 +13,16 @@ not yet covered has to leave by its arrival + W, and its request may as well lea
 everything that has arrived by that moment, up to the batch size; then on with the first message that is left. No
 cover has fewer requests, because each of them takes the first message left over and nothing reaches further than it
 does. A share above 100 % is possible, as one message in a hundred does wait longer than W.
+
+**Each message its own linger.** A shop's day: password codes that have 1 s, order updates that have 60 s, and two
+newsletters that have an hour. The optimum is the same covering in order of due: the first message that is due leaves
+then, with the most urgent others that have arrived. Put off any plan's first request to that time and swap its
+messages for these, and the plan still keeps every due time.
 """
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import math
 import random
@@ -24,14 +30,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import batching_client  # noqa: E402
-from fastsmsing import FastSmsingError, InMemoryClient, Message  # noqa: E402
-from smsproxy import InMemoryRepository, SendMessage, SimpleBatchingClient, SmsProxyConfig  # noqa: E402
-from virtual_time import World  # noqa: E402
+from fastsmsing import FastSmsingError  # noqa: E402
+from simulation import Request, Shop, World  # noqa: E402
 
 HOURS = (1, 1, 1, 1, 1, 2, 4, 7, 10, 12, 13, 13, 14, 13, 12, 12, 13, 14, 16, 18, 17, 12, 6, 3)  # a shop's day
 
@@ -55,6 +58,7 @@ class Trace:
     """When messages arrive, in seconds, and whether a request that starts at a moment fails."""
 
     arrivals: Sequence[float]
+    lingers: Sequence[float] = ()  # of each message; without, each has the policy's
     fails: Callable[[float, random.Random], bool] = lambda now, rng: False
 
 
@@ -72,8 +76,8 @@ def traces(messages: int, seed: int) -> dict[str, Trace]:
     }
     return {
         **{name: Trace(each) for name, each in arrived.items()},
-        "20/s, 5 % of requests fail": Trace(arrived["steady, 20/s"], lambda now, rng: rng.random() < 0.05),
-        "30/s, away for 5 minutes": Trace(arrived["steady, 30/s"], lambda now, rng: 60 <= now < 360),
+        "20/s, 5 % of requests fail": Trace(arrived["steady, 20/s"], fails=lambda now, rng: rng.random() < 0.05),
+        "30/s, away for 5 minutes": Trace(arrived["steady, 30/s"], fails=lambda now, rng: 60 <= now < 360),
     }
 
 
@@ -95,6 +99,7 @@ class Cost:
 
     requests: int
     waits: tuple[float, ...]  # ascending
+    by_message: tuple[float, ...]  # the same in order of arrival
 
     def wait(self, share: float) -> float:
         """The wait that so large a share of the messages does not exceed."""
@@ -103,32 +108,30 @@ class Cost:
 
 def replay(trace: Trace, policy: Policy) -> Cost:
     """Sends every message at its time through the real batching client."""
-    world, rng, requests = World(), random.Random(0), 0
-    waits: list[float] = []
+    world, rng = World(), random.Random(0)
 
-    class Provider(InMemoryClient):
-        def send(self, messages: Sequence[Message]) -> Mapping[str, str] | None:
-            nonlocal requests
-            requests += 1
-            started, fails = world.now, trace.fails(world.now, rng)
-            world.wait(policy.latency)
-            if fails:
-                raise FastSmsingError(503)
-            waits.extend(started - trace.arrivals[int(message.message_id)] for message in messages)
-            return None
+    def judge(request: Request) -> None:
+        if request in doomed:
+            raise FastSmsingError(503)
 
-    config = SmsProxyConfig(batch_size=policy.batch_size, max_delay=policy.linger)
-    with mock.patch.object(batching_client, "threading", world):
-        repository = InMemoryRepository(0, clock=world.clock)
-        client = SimpleBatchingClient(repository, Provider(), config, clock=world.clock, rng=rng.random)
-        for number, time in enumerate(trace.arrivals):
-            world.wait(time - world.now)
-            client.send(SendMessage("48123456789", "Hi"), str(number))
-        world.wait(policy.linger)  # so that the last batch leaves as any other
-        left = client.stop()
-    if left or len(waits) != len(trace.arrivals):
-        raise RuntimeError(f"{left} messages left, {len(waits)} of {len(trace.arrivals)} sent")
-    return Cost(requests, tuple(sorted(waits)))
+    def latency(request: Request) -> float:
+        if trace.fails(world.now, rng):
+            doomed.add(request)
+        return policy.latency
+
+    doomed: set[Request] = set()
+    shop = Shop(world, judge, latency=latency, ids="{}", batch_size=policy.batch_size, max_delay=policy.linger)
+    lingers = trace.lingers or itertools.repeat(None)
+    for time, linger in zip(trace.arrivals, lingers):
+        world.wait(time - world.now)
+        shop.post(max_delay=linger)
+    world.wait(max((linger or 0.0 for linger in trace.lingers), default=policy.linger) + policy.linger)
+    left = shop.stop()
+    started = {message_id: request.start for request in shop.requests if request.ok for message_id in request.ids}
+    if left or len(started) != len(trace.arrivals):
+        raise RuntimeError(f"{left} messages left, {len(started)} of {len(trace.arrivals)} sent")
+    waits = tuple(started[str(number)] - time for number, time in enumerate(trace.arrivals))
+    return Cost(len(shop.requests), tuple(sorted(waits)), waits)
 
 
 def optimum(arrivals: Sequence[float], longest_wait: float, batch_size: int) -> int:
@@ -140,6 +143,64 @@ def optimum(arrivals: Sequence[float], longest_wait: float, batch_size: int) -> 
         while covered < min(end, len(arrivals)) and arrivals[covered] <= last:
             covered += 1
     return requests
+
+
+# Each message its own linger
+
+CODE, UPDATE, NEWSLETTER = 1.0, 60.0, 3600.0  # seconds that each class of messages has
+LATE = 0.1  # seconds after its due time that a message counts as in time
+
+
+def shops_day(seed: int, hours: float = 10, newsletters: int = 2, readers: int = 2000) -> Trace:
+    """Password codes and order updates, most of them at noon, and newsletters that are each handed in at one moment."""
+    rng, end, messages = random.Random(seed), hours * 3600, []
+    for rate, linger in ((0.05, CODE), (0.15, UPDATE)):
+        now = 0.0
+        while (now := now + rng.expovariate(rate)) < end:
+            if rng.random() < 0.3 + 0.7 * math.sin(math.pi * now / end):
+                messages.append((now, linger))
+    for _ in range(newsletters):
+        messages += [(rng.uniform(0, end - NEWSLETTER - 100), NEWSLETTER)] * readers
+    messages.sort()
+    return Trace([time for time, _ in messages], [linger for _, linger in messages])
+
+
+def optimum_by_due(trace: Trace, batch_size: int) -> int:
+    """The fewest requests by which every message can leave when it is due; see the top of this file."""
+    arriving = sorted(zip(trace.arrivals, trace.lingers))
+    waiting: list[float] = []  # a heap of due times
+    requests = position = 0
+    while position < len(arriving) or waiting:
+        while position < len(arriving) and (not waiting or arriving[position][0] <= waiting[0]):
+            time, linger = arriving[position]
+            heapq.heappush(waiting, time + linger)
+            position += 1
+        requests += 1
+        for _ in range(min(batch_size, len(waiting))):
+            heapq.heappop(waiting)
+    return requests
+
+
+def day_rows(trace: Trace) -> Iterator[tuple[str, int, bool]]:
+    """Of each way to send the day: its name, the requests, and whether every code left in time."""
+
+    def in_time(cost: Cost, part: Trace) -> bool:
+        waits = [wait for wait, linger in zip(cost.by_message, part.lingers) if linger == CODE]
+        return not waits or max(waits) <= CODE + LATE
+
+    for linger in (5.0, 1.0):
+        cost = replay(Trace(trace.arrivals), Policy(linger=linger))
+        yield f"one linger of {linger:g} s for all", cost.requests, in_time(cost, trace)
+    requests, good = 0, True
+    for linger in sorted(set(trace.lingers)):
+        times = [time for time, each in zip(trace.arrivals, trace.lingers) if each == linger]
+        part = Trace(times, [linger] * len(times))
+        cost = replay(part, Policy(linger=linger))
+        requests, good = requests + cost.requests, good and in_time(cost, part)
+    yield "three services side by side, each with its own linger", requests, good
+    cost = replay(trace, Policy())
+    yield "each message its own linger", cost.requests, in_time(cost, trace)
+    yield "the optimum", optimum_by_due(trace, Policy.batch_size), True
 
 
 POLICIES = (
@@ -232,12 +293,31 @@ def draw(rows: Sequence[Row]) -> str:
     return "\n".join((*parts, "</svg>", ""))
 
 
+def draw_day(rows: Sequence[tuple[str, int, bool]]) -> str:
+    """An SVG: the requests of each way to send the day, as bars."""
+    height, bar, most = 60 + 44 * len(rows), 24, max(requests for _, requests, _ in rows)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
+        "<title>Paid requests for a shop's day, by the way it is sent</title>",
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
+        '<text x="20" y="26" font-size="16" font-weight="bold">Paid requests for a shop\'s day</text>',
+    ]
+    for number, (name, requests, in_time) in enumerate(rows):
+        y, length = 50 + 44 * number, requests / most * (WIDTH - 420)
+        colour = COLOURS[2] if in_time else COLOURS[1]
+        note = "" if in_time else ", codes late"
+        parts.append(f'<text x="340" y="{y + 17}" text-anchor="end">{name}</text>'
+                     f'<rect x="350" y="{y}" width="{length:.1f}" height="{bar}" fill="{colour}"/>'
+                     f'<text x="{356 + length:.1f}" y="{y + 17}">{requests:,}{note}</text>')  # fmt: skip
+    return "\n".join((*parts, "</svg>", ""))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table, line by line as it is computed, and draws the picture."""
     parser = argparse.ArgumentParser(description="What a batching policy costs and how long messages wait for it.")
     parser.add_argument("--messages", type=int, default=20_000, help="in each trace (default: 20000)")
     parser.add_argument("--seed", type=int, default=1, help="of the arrivals (default: 1)")
-    parser.add_argument("--svg", type=Path, help="file to draw the picture into")
+    parser.add_argument("--svg", type=Path, help="directory to draw the pictures into: cost.svg and day.svg")
     options = parser.parse_args(argv)
     given, done = traces(options.messages, options.seed), []
     print(HEAD)
@@ -245,9 +325,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         done.append(row)
         print(row, flush=True)
         print(f"{len(done)} of {len(given) * len(POLICIES)}", end="\r", file=sys.stderr, flush=True)
+    day = shops_day(options.seed)
+    days = list(day_rows(day))
+    print(f"\n| a shop's day of {len(day.arrivals):,} messages | requests | codes in time |\n|---|---:|---|")
+    for name, requests, in_time in days:
+        print(f"| {name} | {requests:,} | {'yes' if in_time else 'no'} |")
     if options.svg:
-        options.svg.parent.mkdir(exist_ok=True)
-        options.svg.write_text(draw(done))
+        options.svg.mkdir(exist_ok=True)
+        (options.svg / "cost.svg").write_text(draw(done))
+        (options.svg / "day.svg").write_text(draw_day(days))
 
 
 if __name__ == "__main__":
