@@ -183,7 +183,7 @@ class Dispatcher:
         """At the end: puts what no request carries back into an outbox that outlives the process."""
         if self._repository.durable:
             with self._lock:
-                ready, _ = self._scheduler.left()
+                ready = self._scheduler.withdraw()
             with contextlib.suppress(RepositoryUnavailableError):  # it stays claimed, which ends with this process
                 for job in ready:
                     self._repository.release(job.batch)

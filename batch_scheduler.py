@@ -402,6 +402,11 @@ class Scheduler:
         for job in self._ready:
             job.not_before = min(job.not_before, now + DRAIN_BACKOFF)
 
+    def withdraw(self) -> list[Job]:
+        """Takes out the jobs that no request carries: their messages go back to an outbox that others use, too."""
+        ready, self._ready = self._ready, []
+        return ready
+
     def left(self) -> tuple[list[Job], list[Job]]:
         """The jobs that no request carries, and those of which nobody knows yet how they ended."""
         return list(self._ready), [*self._under_way, *self._abandoned]

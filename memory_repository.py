@@ -102,13 +102,13 @@ class _Outbox:
 
     def expired(self, now: float) -> tuple[list[str], float]:
         """The first messages that wait and are past their expiry, and when the next one is."""
-        found: list[str] = []
+        found: dict[str, None] = {}  # what was released is in the heap twice
         expiring = self._expiring
         while expiring and (len(found) < EXPIRE_STEP) and (expiring[0][0] <= now or not self.waits(expiring[0][2])):
             entry = heapq.heappop(expiring)[2]
             if self.waits(entry):
-                found.append(entry.message.message_id)
-        return found, expiring[0][0] if expiring else math.inf
+                found[entry.message.message_id] = None
+        return list(found), expiring[0][0] if expiring else math.inf
 
     def _tidy(self) -> None:
         """Removes what has left, once it is more than half: it would keep the texts of cancelled messages."""

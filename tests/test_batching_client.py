@@ -328,6 +328,215 @@ def test_every_request_counts_in_the_bill(shop: MakeShop, world: World) -> None:
     assert it.metrics.requests.total == len(it.requests)
 
 
+# Bad batches, hanging requests, reports that come between
+
+
+def hopeless(request: Request) -> None:
+    """A client that cannot even encode some messages."""
+    if any(message.message == "bad" for message in request.messages):
+        raise UnicodeEncodeError("ascii", "x", 0, 1, "bad")
+
+
+@pytest.mark.parametrize(("bad", "senders", "attempts"), [(1, 1, None), (4, 4, 100), (4, 1, None), (12, 2, None), (100, 4, 100)])
+def test_no_set_of_bad_batches_stops_the_others(
+    shop: MakeShop, world: World, bad: int, senders: int, attempts: int | None
+) -> None:
+    it = shop(hopeless, senders=senders, max_attempts=attempts, latency=0.3)
+    it.post(bad, "bad")
+    for _ in range(1_200):
+        it.post()
+        world.wait(1.0)
+    successes = [request.start for request in it.requests if request.ok]
+    pauses = [after - before for before, after in zip(successes, successes[1:])]
+    assert successes[0] < 20.0
+    assert max(pauses) < 20.0
+    assert len(it.taken) >= 1_150
+
+
+@pytest.mark.parametrize("senders", [1, 4])
+def test_bad_riders_hold_up_no_code_for_longer_than_a_few_backoffs(shop: MakeShop, world: World, senders: int) -> None:
+    it = shop(hopeless, senders=senders, latency=0.1)
+    it.post(4, "bad", max_delay=3600.0)
+    codes: dict[str, float] = {}
+    for _ in range(300):
+        codes[it.post(max_delay=1.0)[0]] = world.now + 1.0
+        world.wait(2.0)
+    late = [request.start - codes[each] for request in it.requests if request.ok for each in request.ids]
+    assert len(late) == 300
+    assert max(late) < 3.0
+
+
+def test_a_long_wait_that_was_asked_for_ends_with_the_next_success(shop: MakeShop, world: World) -> None:
+    def judge(request: Request) -> None:
+        if request.start == 0.0 and request.ids == ["m1"]:
+            raise FastSmsingError(429, retry_after=3_600.0)
+        if 490.0 <= request.start < 490.5:
+            raise FastSmsingError(500)
+
+    it = shop(judge, latency=lambda request: 3.0 if request.ids == ["m0"] else 0.1, batch_size=1, max_delay=0.0)
+    it.post(2)
+    world.wait(10.0)
+    it.load(1_000.0, rate=1.0, count=1)
+    pauses = [after - before for before, after in zip(it.starts, it.starts[1:])]
+    assert max(pauses) < 10.0
+    assert it.delivered_once()
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_request_that_hangs_stops_nothing_for_longer_than_a_minute(shop: MakeShop, world: World, opened: bool) -> None:
+    def judge(request: Request) -> None:
+        if opened and request.start < 10.0:
+            raise FastSmsingError(503)
+
+    def latency(request: Request) -> float:
+        return 1e5 if it.hung is None and request.start >= 10.0 and it.hang(request) else 0.1
+
+    it = HangingShop(world, judge, latency=latency, max_delay=1.0)
+    it.load(3_600.0, rate=1.0, count=1)
+    pauses = [after - before for before, after in zip(it.starts, it.starts[1:])]
+    assert max(pauses) < 70.0
+    assert len(it.taken) > 3_500
+
+
+class HangingShop(Shop):
+    """A shop of which one request hangs."""
+
+    hung: Request | None = None
+
+    def hang(self, request: Request) -> bool:
+        self.hung = request
+        return True
+
+
+def test_what_was_reported_while_its_batch_waits_for_a_retry_is_not_sent_again(shop: MakeShop, world: World) -> None:
+    it = shop(away(0.0, 20.0), batch_size=4)
+    it.post(4)
+    world.wait(1.0)
+    it.repository.update_all({"m1": MessageStatus.DELIVERED, "m2": MessageStatus.CONFIRMED})
+    world.wait(100.0)
+    assert {message_id for request in it.requests if request.start > 1.0 for message_id in request.ids} == {"m0", "m3"}
+    assert it.statuses() == {"ACCEPTED": 2, "DELIVERED": 1, "CONFIRMED": 1}
+
+
+def test_a_batch_of_which_all_was_reported_costs_no_request(shop: MakeShop, world: World) -> None:
+    it = shop(away(0.0, 20.0), batch_size=2)
+    it.post(2)
+    world.wait(0.1)
+    it.repository.update_all(dict.fromkeys(it.accepted, MessageStatus.DELIVERED))
+    world.wait(100.0)
+    assert len(it.requests) == 1
+    it.post(2)
+    world.wait(1.0)
+    assert len(it.requests) == 2 or it.next_try > 0
+
+
+# Each message its own linger
+
+
+def test_a_code_leaves_at_once_and_the_newsletter_rides_beside_it(shop: MakeShop, world: World) -> None:
+    it = shop(latency=0.2)
+    it.post(150, max_delay=3_600.0)
+    world.wait(10.0)
+    (code,) = it.post(max_delay=0)
+    world.wait(1.0)
+    assert (it.starts, it.sizes, it.requests[0].ids[0]) == ([10.0], [100], code)
+    world.wait(3_600.0)
+    assert it.sizes == [100, 51] and it.delivered_once()
+
+
+def test_the_riders_of_a_batch_that_fails_can_be_cancelled_and_ride_with_another(shop: MakeShop, world: World) -> None:
+    it = shop(away(0.0, 5.0), backoff_base=8.0, backoff_max=8.0)
+    riders = it.post(3, max_delay=600.0)
+    (code,) = it.post(max_delay=1.0)
+    world.wait(2.0)
+    assert it.requests[0].ids == [code, *riders]
+    assert it.repository.cancel(riders[0]) and not it.repository.cancel(code)
+    it.post(max_delay=6.0)
+    world.wait(30.0)
+    assert [request.ids for request in it.requests[1:]] == [[code], ["m4", *riders[1:]]]
+
+
+def test_what_expires_is_failed_on_time_while_the_provider_is_away(shop: MakeShop, world: World) -> None:
+    it = shop(away(0.0, 1e9), max_delay=1.0)
+    failed: dict[str, float] = {}
+    accepted = {each: world.now for each in it.post(5, max_age=30.0)}
+    for _ in range(200):
+        world.wait(0.5)
+        failed.update({each: world.now for each in it.failed - failed.keys()})
+        if world.now < 50.0:
+            accepted.update({each: world.now for each in it.post(2, max_age=30.0)})
+    assert len(failed) == len(accepted) == 203
+    assert {it.repository.reason(each) for each in failed} == {Reason.EXPIRED}
+    assert max(failed[each] - accepted[each] for each in failed) <= 32.5  # 2 s, and half a second between the looks
+    assert all(request.start < accepted[each] + 30.0 for request in it.requests for each in request.ids)
+    assert it.metrics.given_up.count("expired") == 203
+
+
+def test_twenty_thousand_messages_with_one_due_time_leave_before_it(shop: MakeShop, world: World) -> None:
+    it = shop(latency=0.3)
+    it.post(20_000, max_delay=600.0)
+    world.wait(700.0)
+    assert len(it.requests) == 200 and it.delivered_once()
+    assert max(it.starts) <= 600.1
+    assert min(it.starts) > 540.0
+
+
+def test_a_hundred_thousand_patient_messages_leave_room_for_others(shop: MakeShop, world: World) -> None:
+    it = shop(latency=0.3)
+    for _ in range(100):
+        it.post(1_000, max_delay=604_800.0)
+        world.wait(5.0)
+    assert it.repository.backlog() < 51_000  # what exceeds half of `max_pending` leaves in full batches
+    assert set(it.sizes) == {100}
+
+
+def test_the_lead_delay_tells_on_whose_account_requests_leave(shop: MakeShop, world: World) -> None:
+    it = shop(batch_size=2)
+    it.post(2, max_delay=0)
+    it.post(1, max_delay=60.0)
+    world.wait(100.0)
+    text = list(it.metrics.lead_delay.text())
+    assert 'smsproxy_batch_lead_delay_seconds_bucket{le="0.0"} 1' in text
+    assert "smsproxy_batch_lead_delay_seconds_sum 60" in text and "smsproxy_batch_lead_delay_seconds_count 2" in text
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_message_has_one_fate_under_random_lingers_outages_restarts_cancels_and_expiries(seed: int) -> None:
+    rng, world = random.Random(seed), World()
+    outages = sorted(rng.uniform(0, 900) for _ in range(4))
+    repository = Durable(0, clock=world.clock)
+    terms = [{}, {"max_delay": 0}, {"max_delay": 1.0}, {"max_delay": 60.0}, {"max_delay": 600.0}, {"max_age": 20.0},
+             {"max_delay": 300.0, "max_age": 50.0}]  # fmt: skip
+
+    def judge(request: Request) -> None:
+        if any(start <= request.start < end for start, end in zip(outages[::2], outages[1::2])):
+            raise FastSmsingError(503)
+
+    def start() -> Shop:
+        made = Shop(world, judge, repository=repository, seed=seed, latency=rng.choice([0.0, 0.3, 2.0]),
+                    batch_size=rng.choice([1, 5, 100]), max_delay=rng.choice([0.0, 5.0]), ids=f"{len(shops)}-{{}}")  # fmt: skip
+        shops.append(made)
+        return made
+
+    shops: list[Shop] = []
+    it, cancelled = start(), set[str]()
+    for _ in range(200):
+        it.post(rng.choice([1, 1, 2, 30]), **rng.choice(terms))
+        world.wait(rng.expovariate(0.25))
+        if rng.random() < 0.2:
+            victim = rng.choice(it.accepted)
+            cancelled |= {victim} if repository.cancel(victim) else set()
+        if rng.random() < 0.02:
+            assert it.stop(60.0) == 0
+            it = start()
+    world.wait(5_000.0)
+    accepted = [each for shop in shops for each in shop.accepted]
+    taken = [each for shop in shops for each in shop.taken]
+    expired = {each for each in accepted if repository.reason(each) is Reason.EXPIRED}
+    assert repository.backlog() == 0
+    assert sorted([*taken, *cancelled, *expired]) == sorted(accepted)
+
+
 # Rejection
 
 
