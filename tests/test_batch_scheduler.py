@@ -4,13 +4,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
 from base_repository import Claim, look
 from batch_scheduler import PROBE_PATIENCE, CircuitBreaker, Job, Look, Scheduler, SmsProxyConfig, horizon
+from cost_report import Trace, optimum_by_due
 from fastsmsing import Message
 from message_model import Batch, Entry, SendMessage, ValidationError
 
@@ -434,28 +435,63 @@ class Model:
             self.scheduler.claimed(found, now)
         return min([now + step, *(end for end, _ in self.under_way)])
 
-    def end(self, now: float) -> None:
-        for end, job in [each for each in self.under_way if each[0] <= now]:
-            self.under_way.remove((end, job))
-            succeed(self.scheduler, job, now)
+    def end(self, now: float) -> int:
+        """Ends the requests whose time is over; returns how many."""
+        over = [each for each in self.under_way if each[0] <= now]
+        for each in over:
+            self.under_way.remove(each)
+            succeed(self.scheduler, each[1], now)
+        return len(over)
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_no_message_is_late_and_none_is_left_under_random_lingers(seed: int) -> None:
+    def play(self, arrivals: Iterable[tuple[float, Sequence[float]]], latency: float) -> int:
+        """Accepts messages with these lingers at these times, and waits until all have left; returns the requests."""
+        now, requests = 0.0, 0
+        for time, lingers in (*arrivals, (math.inf, ())):
+            while (step := self.run(now, latency)) < time:
+                now = step
+                requests += self.end(now)
+            if time < math.inf:
+                now = time
+                self.accept(lingers, now)
+        assert (self.waiting, self.under_way) == ([], [])
+        return requests
+
+
+def arrivals(rng: random.Random, lingers: Sequence[float], count: int = 150) -> list[tuple[float, list[float]]]:
+    """Random moments with a few messages each."""
+    now, found = 0.0, []
+    for _ in range(count):
+        now += rng.expovariate(2.0)
+        found.append((now, [rng.choice(lingers) for _ in range(rng.choice([1, 1, 3, 12]))]))
+    return found
+
+
+LINGERS = [0.0, 1.0, 2.0, 5.0, 30.0, 200.0]  # seconds
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_no_message_is_late_and_none_is_left_under_random_lingers(block: int) -> None:
+    for seed in range(100 * block, 100 * block + 100):
+        rng = random.Random(seed)
+        model = Model(rng, batch_size=rng.choice([5, 20]), max_delay=rng.choice([0.0, 2.0, 5.0]), senders=8)
+        model.play(arrivals(rng, LINGERS[: rng.randrange(1, 7)], 40), 0.05)
+        assert model.late <= 0.1, seed
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_without_a_horizon_no_policy_makes_fewer_requests(seed: int) -> None:
     rng = random.Random(seed)
-    model = Model(rng, batch_size=rng.choice([1, 5, 20]), max_delay=rng.choice([0.0, 2.0, 5.0]), senders=8)
-    lingers = [0.0, 1.0, 2.0, 5.0, 30.0, 200.0][: rng.randrange(1, 7)]
-    now = 0.0
-    arrival = rng.expovariate(2.0)
-    for _ in range(150):
-        while (step := model.run(now, 0.05)) < arrival:
-            now = step
-            model.end(now)
-        now = arrival
-        model.accept([rng.choice(lingers) for _ in range(rng.choice([1, 1, 3, 12]))], now)
-        arrival += rng.expovariate(2.0)
-    while (step := model.run(now, 0.05)) < math.inf:
-        now = step
-        model.end(now)
-    assert (model.waiting, model.under_way) == ([], [])
-    assert model.late <= 0.1 if model.config.batch_size > 1 else model.late <= 0.5
+    size = rng.choice([1, 5, 20])
+    given = arrivals(rng, LINGERS[: rng.randrange(1, 7)])
+    model = Model(rng, batch_size=size, max_delay=0.0, senders=10**9)
+    messages = [(time, linger) for time, lingers in given for linger in lingers]
+    trace = Trace([time for time, _ in messages], [linger for _, linger in messages])
+    assert model.play(given, 0.0) == optimum_by_due(trace, size)
+
+
+def test_looks_are_few() -> None:
+    rng = random.Random(1)
+    model = Model(rng)
+    requests = model.play(arrivals(rng, [1.0, 5.0, 60.0, 3600.0], 1_000), 0.3)
+    assert model.looks <= 4 * requests
