@@ -29,7 +29,8 @@ from typing import Any
 
 from command_line import Settings, __version__, is_url, program, read_settings
 from fastsmsing import FastSmsingClient, InMemoryClient
-from http_front import Limits
+from http_front import FrontServer
+from http_protocol import Limits
 from process_control import (
     Deadline,
     ProcessError,
@@ -41,7 +42,7 @@ from process_control import (
     passed_socket,
     within,
 )
-from restapi import SmsServer
+from restapi import RestApi
 from smsproxy import (
     InMemoryRepository,
     Repository,
@@ -100,12 +101,11 @@ def make_proxy(client: FastSmsingClient, settings: Settings, repository: Reposit
         raise SmsProxyError(f"the client's subscribe failed: {_said(error)}") from error
 
 
-def make_server(settings: Settings, proxy: SmsProxy, listener: "socket.socket | None") -> SmsServer:
+def make_server(settings: Settings, api: RestApi, listener: "socket.socket | None") -> FrontServer:
     """The server, which listens already; raises `SmsProxyError` naming the address when it cannot."""
     limits = Limits(connections=allowed_connections(settings.max_connections))
     try:
-        return SmsServer((settings.host, settings.port), proxy, limits=limits, api_keys=settings.api_keys,
-                         version=__version__, listener=listener)  # fmt: skip
+        return FrontServer((settings.host, settings.port), api, limits, workers=api.workers, listener=listener)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "no address"
         raise SmsProxyError(f"cannot listen on {settings.host} port {settings.port}: {why}") from error
@@ -189,8 +189,9 @@ class Service:
             client = make_client(settings.make_client)
             undo.callback(stop_client, client)  # once it has started well, the proxy stops it
             self._proxy = make_proxy(client, settings, self._repository)
+            self._api = RestApi(self._proxy, api_keys=settings.api_keys, version=__version__)
             # It listens before anything is sent: of two processes with one port the second fails here.
-            self._server = make_server(settings, self._proxy, listener)
+            self._server = make_server(settings, self._api, listener)
             undo.callback(self._server.server_close)
             log.info("in the outbox: %s", shown_messages(self._repository.backlog()))
             # Before anything is sent: from now on a signal has to wait for requests that are under way.
@@ -227,7 +228,7 @@ class Service:
         self._server.call_soon(self._proxy.drain)  # side by side with the end of HTTP, not after it
 
     def _reload(self) -> None:
-        self._server.call_soon(reload_keys, self._server, self._settings, self._environ)
+        self._server.call_soon(reload_keys, self._api, self._settings, self._environ)
 
     def _wake(self) -> None:
         self._server.call_soon(_nothing)
@@ -246,12 +247,12 @@ def _nothing() -> None:
     """What the loop is woken for."""
 
 
-def reload_keys(server: SmsServer, settings: Settings, environ: Mapping[str, str]) -> None:
+def reload_keys(api: RestApi, settings: Settings, environ: Mapping[str, str]) -> None:
     """Reads the API keys again; bad ones change nothing."""
     notify(environ, f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         keys = settings.keys.read()
-        server.set_api_keys(keys)
+        api.set_api_keys(keys)
         log.info("API keys read again: %s", ", ".join(sorted(keys)) or "none")
     except ValidationError as error:
         log.error("the API keys stay as they were: %s", error)

@@ -1,6 +1,10 @@
-"""The REST interface: routes, JSON in and out, and which error becomes which response.
+"""The REST interface, an application that the front serves: routes, JSON in and out, which error is which response.
 
-The HTTP protocol itself is `http_front`'s business, everything about messages `smsproxy`'s.
+How a POST goes through it: the front asks `route` what responds, and calls that: `_send` checks the message and defers
+the response. When all requests of an iteration of the loop have been read, the front calls `end_iteration`: what waits
+is accepted as one group, and each exchange gets its response.
+
+The HTTP protocol itself is the front's business, everything about messages `smsproxy`'s.
 """
 from __future__ import annotations
 
@@ -8,7 +12,6 @@ import base64
 import hashlib
 import hmac
 import json
-import logging
 import os
 import pkgutil
 import platform
@@ -17,68 +20,57 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 from urllib.parse import unquote
 
-from http_front import FrontHandler, FrontServer, HttpError, Limits
+from http_connection import Exchange, Front, Handler
+from http_protocol import METHODS, HttpError, Request
+from request_decoding import FIELDS, decode
 from smsproxy import (
-    ClosedError, Gauge, IdempotencyError, MessageStatus, MetricSet, OverloadedError,
-    RepositoryUnavailableError, SendMessage, SmsProxy, ValidationError,
-)  # fmt: skip
+    ClosedError,
+    Entry,
+    Gauge,
+    IdempotencyError,
+    MessageStatus,
+    MetricSet,
+    OverloadedError,
+    RepositoryUnavailableError,
+    SmsProxy,
+    ValidationError,
+    is_ours,
+)
 
 try:
     import resource
 except ImportError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
-__all__ = ["SmsHandler", "SmsServer"]
-
-log = logging.getLogger("smsproxy.rest")
+__all__ = ["RestApi"]
 
 GUARDED = ("/sms", "/metrics")  # what begins so needs an API key, if there are any
-FIELDS = {"phone_number": "PhoneNumber", "message": "Content"}  # the domain's names and ours
-REFUSALS: dict[type[BaseException], tuple[int, int | None]] = {  # error → status, seconds before another try
-    IdempotencyError: (HTTPStatus.UNPROCESSABLE_ENTITY, None),
-    OverloadedError: (HTTPStatus.SERVICE_UNAVAILABLE, 1),
-    RepositoryUnavailableError: (HTTPStatus.SERVICE_UNAVAILABLE, 5),
-    ClosedError: (HTTPStatus.SERVICE_UNAVAILABLE, 10),
-}
-CODES = (200, 202, 400, 401, 404, 405, 408, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)  # all that are sent
+HARMLESS = {"GET", "HEAD", "OPTIONS"}  # what a web page of anybody's may ask a browser to send
+REFUSALS: tuple[tuple[type[Exception], int, int | None, str | None], ...] = (
+    # error, status, seconds before another try, what is said in place of the error's own text
+    (IdempotencyError, HTTPStatus.UNPROCESSABLE_ENTITY, None, None),
+    (OverloadedError, HTTPStatus.SERVICE_UNAVAILABLE, 1, None),
+    (RepositoryUnavailableError, HTTPStatus.SERVICE_UNAVAILABLE, 5, "the database is unavailable"),
+    (ClosedError, HTTPStatus.SERVICE_UNAVAILABLE, 10, None),
+)
+# All that are sent.
+CODES = (200, 202, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
-FORM = re.compile(r"[A-Za-z_]+=")
 LANES = 4  # groups that a blocking repository works on at a time; its waits overlap then
 STATUS_BODIES = {status: json.dumps({"Status": status.value}).encode() + b"\n" for status in MessageStatus}
+CANCELLED = b'{"Status": "FAILED", "Reason": "cancelled"}\n'
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 FILES = {"/openapi.json": ("openapi.json", "application/json"), "/": ("page.html", "text/html; charset=utf-8")}
-
-
-class HttpMetrics(MetricSet):
-    """What is measured of connections and of this process."""
-
-    def __init__(self, limit: int) -> None:
-        self.connections = Gauge("smsproxy_http_connections", "Connections that are open.")
-        self.limit = Gauge("smsproxy_http_connections_limit", "With so many connections others wait in the backlog.")
-        self.limit.value = limit
-        self.cpu = Gauge("process_cpu_seconds_total", "Processor time that this process used.", "counter")
-        self.start = Gauge("process_start_time_seconds", "When this process started, in seconds since 1970.")
-        self.start.value = time.time() - time.process_time()
-        self.memory = Gauge("process_resident_memory_bytes", "Memory that this process holds.")
-        self.open_fds = Gauge("process_open_fds", "File descriptors that are open.")
-        self.max_fds = Gauge("process_max_fds", "File descriptors that may be open.")
-
-    def measure(self, connections: int) -> None:
-        """Sets the gauges; what the system does not tell has no value."""
-        self.connections.value, self.cpu.value = connections, time.process_time()
-        self.max_fds.value = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
-        try:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.memory.value = pages * os.sysconf("SC_PAGESIZE")
-            self.open_fds.value = len(os.listdir("/proc/self/fd"))
-        except OSError:  # not Linux
-            self.memory.value = self.open_fds.value = None
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def data_file(name: str) -> bytes:
-    """A file that comes with the service, beside this module, in a zip file, too."""
+    """A file that lies beside this module, in a zip file, too."""
     return pkgutil.get_data(__name__, name) or b""
 
 
@@ -96,288 +88,320 @@ def page_headers(page: bytes) -> dict[str, str]:
             "Referrer-Policy": "no-referrer"}  # fmt: skip
 
 
-class Group:
+# Requests
+
+
+def from_another_page(headers: Mapping[str, str]) -> bool:
+    """Whether a browser sent the request for a web page of another origin: by the Origin header (RFC 6454), and by
+    Fetch Metadata where the browser sends it. Other programs send neither."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None and site not in ("same-origin", "none"):
+        return True
+    if origin is None:
+        return False
+    if origin == "null":
+        return site != "same-origin"
+    scheme, _, authority = origin.lower().partition("://")
+    port = DEFAULT_PORTS.get(scheme, "")
+    return not authority or authority.removesuffix(port) != headers.get("host", "").lower().removesuffix(port)
+
+
+class HttpMetrics(MetricSet):
+    """What is measured of HTTP and of this process."""
+
+    def __init__(self, version: str) -> None:
+        self.connections = Gauge("smsproxy_http_connections", "Connections that are open.")
+        self.limit = Gauge("smsproxy_http_connections_limit", "With so many an idle one is closed for a new one.")
+        self.cpu = Gauge("process_cpu_seconds_total", "Processor time that this process used.", "counter")
+        self.start = Gauge("process_start_time_seconds", "When this process started, in seconds since 1970.")
+        self.start.value = time.time() - time.process_time()
+        self.memory = Gauge("process_resident_memory_bytes", "Memory that this process holds.")
+        self.open_fds = Gauge("process_open_fds", "File descriptors that are open.")
+        self.max_fds = Gauge("process_max_fds", "File descriptors that may be open.")
+        self._build = f'version="{version}",python="{platform.python_version()}"'
+
+    def measure(self, front: Front) -> None:
+        """Sets the gauges; what the system does not tell has no value."""
+        self.connections.value, self.limit.value = front.open_connections, front.limits.connections
+        self.cpu.value = time.process_time()
+        self.max_fds.value = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            self.memory.value = pages * os.sysconf("SC_PAGESIZE")
+            self.open_fds.value = len(os.listdir("/proc/self/fd"))
+        except OSError:  # not Linux
+            self.memory.value = self.open_fds.value = None
+
+    def counts(self, front: Front, routes: Iterable[str]) -> Iterator[str]:
+        """The lines of the responses, by route and code, and of the build."""
+        yield "# HELP smsproxy_http_responses_total HTTP responses, by route and code."
+        yield "# TYPE smsproxy_http_responses_total counter"
+        none = {(route, code): 0 for route in routes for code in CODES}
+        for (route, code), count in {**none, **front.responses}.items():
+            yield f'smsproxy_http_responses_total{{route="{route}",code="{code:d}"}} {count}'
+        yield "# HELP smsproxy_build_info Which program this is."
+        yield "# TYPE smsproxy_build_info gauge"
+        yield f"smsproxy_build_info{{{self._build}}} 1"
+
+
+# The application
+
+
+class Group(Generic[Item, Result]):
     """What the requests of one iteration of the loop ask for, asked for together at its end. In the loop's thread.
 
-    If that may block it is done in a worker, `lanes` groups at a time; whatever comes meanwhile shares the next one.
+    If that may block it is done in a worker, `lanes` groups at a time; what comes while all lanes are busy shares the
+    next group.
     """
 
     def __init__(
-        self, server: SmsServer, ask: Callable[[Sequence[Any]], Sequence[Any]],
-        respond: Callable[[SmsHandler, Any], None], lanes: int = LANES,
+        self, ask: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        respond: Callable[[Exchange, Item, Result], None], *, blocking: bool, lanes: int = LANES,
     ) -> None:  # fmt: skip
-        self._server, self._ask_all, self._respond, self._lanes = server, ask, respond, lanes
-        self._waiting: list[tuple[SmsHandler, Any]] = []
+        self._ask_all, self._respond = ask, respond
+        self.lanes = lanes if blocking else 0
+        self.waiting: list[tuple[Exchange, Item]] = []  # for the end of the iteration, or for a lane
         self._under_way = 0
 
-    def add(self, handler: SmsHandler, item: Any) -> None:
-        """Suspends the handler until `respond` gets the result for the item."""
-        handler.suspend()
-        if not self._waiting:
-            self._server.asking.append(self)
-        self._waiting.append((handler, item))
+    def add(self, exchange: Exchange, item: Item) -> None:
+        """Defers the exchange until `respond` gets the result for the item."""
+        exchange.defer()
+        self.waiting.append((exchange, item))
 
-    def ask(self) -> None:
+    def ask(self, front: Front) -> None:
         """Asks for what waits, as one group."""
-        if not self._waiting or self._under_way >= self._lanes:
+        if not self.waiting or (self.lanes and self._under_way >= self.lanes):
             return
-        waiting, self._waiting = self._waiting, []
-        items = [item for _, item in waiting]
-        if not self._server.proxy.blocking:
-            self._resume(waiting, self._results(items))
-            return
-        self._under_way += 1
-        future = self._server.submit(self._results, items)
-        future.add_done_callback(lambda done: self._server.call_soon(self._done, waiting, done.result()))
+        waiting, self.waiting = self.waiting, []
+        if self.lanes:
+            self._under_way += 1
+            front.submit(self._work, front, waiting)
+        else:
+            self._finish(waiting, self._results(waiting))
 
-    def _results(self, items: Sequence[Any]) -> Sequence[Any]:
+    def _work(self, front: Front, waiting: Sequence[tuple[Exchange, Item]]) -> None:
+        front.call_soon(self._done, front, waiting, self._results(waiting))
+
+    def _results(self, waiting: Sequence[tuple[Exchange, Item]]) -> Sequence[Result | BaseException]:
         try:
-            return self._ask_all(items)
+            return self._ask_all([item for _, item in waiting])
         except (Exception, SystemExit) as error:  # the boundary: each of them gets a response
-            return [error] * len(items)
+            return [error] * len(waiting)
 
-    def _done(self, waiting: Sequence[tuple[SmsHandler, Any]], results: Sequence[Any]) -> None:
+    def _done(
+        self, front: Front, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
+    ) -> None:
         self._under_way -= 1
-        self.ask()  # first of all, so that the disk does not wait for the responses
-        self._resume(waiting, results)
+        self.ask(front)  # first of all, so that the disk does not wait for the responses
+        self._finish(waiting, results)
 
-    def _resume(self, waiting: Sequence[tuple[SmsHandler, Any]], results: Sequence[Any]) -> None:
-        for (handler, _), result in zip(waiting, results):
+    def _finish(
+        self, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
+    ) -> None:
+        for (exchange, item), result in zip(waiting, results, strict=True):
             if isinstance(result, BaseException):
-                self._server.guard(handler.resume, handler.fail, result)
+                exchange.finish(Exchange.fail, result)
             else:
-                self._server.guard(handler.resume, self._respond, handler, result)
-
-
-class SmsServer(FrontServer):
-    """Serves one `SmsProxy` over HTTP. With `api_keys`, key by name, /sms and /metrics need one of them."""
-
-    def __init__(
-        self, address: tuple[str, int], proxy: SmsProxy, *, limits: Limits = Limits(),
-        api_keys: Mapping[str, str] = {}, version: str = "", **options: Any,
-    ) -> None:  # fmt: skip
-        self.proxy = proxy
-        self.version = version
-        self.files = {path: data_file(name) for path, (name, _) in FILES.items()}
-        self.page_headers = page_headers(self.files["/"])
-        self.set_api_keys(api_keys)
-        self.posts = Group(self, proxy.accept_all, SmsHandler.accepted)
-        self.statuses = Group(self, self._status_bodies, SmsHandler.found)
-        # One at a time, and its result for all who ask meanwhile: anybody may ask.
-        self.healths = Group(self, lambda items: [proxy.health()] * len(items), SmsHandler.healthy, lanes=1)
-        self.metrics = Group(self, lambda items: [proxy.measure()] * len(items), SmsHandler.measured, lanes=1)
-        self.own_metrics = HttpMetrics(limits.connections)
-        self.asking: list[Group] = []  # the groups that have something to ask for in this iteration
-        super().__init__(address, SmsHandler, limits, workers=2 * LANES + 2 if proxy.blocking else 0, **options)
-
-    def set_api_keys(self, api_keys: Mapping[str, str]) -> None:
-        """Replaces the keys, key by name, for the requests that come from now on."""
-        self.api_keys = {name: key.encode() for name, key in api_keys.items()}
-
-    def end_of_iteration(self) -> None:
-        """Asks for what the requests of this iteration want of the domain, as groups."""
-        while self.asking:
-            self.asking.pop().ask()
-
-    def status_body(self, message_id: str) -> bytes:
-        """A message's status, and why the service itself gave it up, if it did, as JSON. May block."""
-        status = self.proxy.get_status(message_id)
-        reason = self.proxy.get_reason(message_id) if status is MessageStatus.FAILED else None
-        return STATUS_BODIES[status] if reason is None else _json({"Status": status.value, "Reason": reason.value})
-
-    def _status_bodies(self, ids: Iterable[str]) -> list[bytes]:
-        return [self.status_body(message_id) for message_id in ids]
-
-
-class SmsHandler(FrontHandler):
-    """One client's requests."""
-
-    server: SmsServer
-
-    def route(self) -> Callable[[Any], None]:
-        """What the path and the method ask for; 401, 404 and 405."""
-        request = self.request
-        path = request.path
-        route = ROUTES.get(path)
-        if route is None:
-            route = MESSAGE if path.startswith("/sms/") and "/" not in path[5:] else NOWHERE
-        request.route = route.name
-        if self.server.api_keys and path.startswith(GUARDED):
-            self._authorize()
-        respond = route.methods.get(request.method)
-        if respond is not None:
-            return respond
-        if route is NOWHERE or (path == "/sms/" and request.method in ("GET", "HEAD")):  # the message without an ID
-            raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
-        allow = {"Allow": ", ".join((*route.methods, "OPTIONS"))}
-        if request.method == "OPTIONS":
-            return lambda handler: handler.respond(HTTPStatus.OK, headers=allow)
-        raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{request.method} is not allowed here", allow)
-
-    def translate(self, error: BaseException) -> HttpError | None:
-        """The response to an error of the domain."""
-        if isinstance(error, ValidationError):
-            return HttpError(HTTPStatus.BAD_REQUEST, f"{FIELDS.get(error.field, error.field)} {error.problem}")
-        if type(error) in REFUSALS:
-            status, wait = REFUSALS[type(error)]
-            return HttpError(status, str(error), {"Retry-After": str(wait)} if wait else {})
-        return super().translate(error)
-
-    def send(self) -> None:
-        """Accepts a message, with all others of this iteration."""
-        message, key = decode(self.request.body), self.request.headers.get("idempotency-key")
-        if key is not None and IDEMPOTENCY_KEY.fullmatch(key) is None:
-            raise HttpError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must be 1 to 255 visible ASCII characters")
-        entry = self.server.proxy.entry(message, key)
-        self._message_id = entry.message.message_id
-        self.server.posts.add(self, entry)
-
-    def status(self) -> None:
-        """Tells the status of a message."""
-        server, message_id = self.server, unquote(self.request.path[5:])
-        if server.proxy.blocking:
-            server.statuses.add(self, message_id)
-        else:  # in memory: at once, without the way through a group
-            self.found(server.status_body(message_id))
-
-    def health(self) -> None:
-        """Tells whether this instance should get traffic."""
-        self.server.healths.add(self, None)
-
-    def metrics(self) -> None:
-        """Tells the figures."""
-        self.server.metrics.add(self, None)
-
-    def file(self) -> None:
-        """Gives the operators' page or the description of the interface."""
-        path, server = self.request.path, self.server
-        headers = server.page_headers if path == "/" else {}
-        self.respond(HTTPStatus.OK, server.files[path], headers, FILES[path][1])
-
-    def accepted(self, refusal: None) -> None:
-        """Responds with the ID of the message."""
-        message_id = self._message_id  # a UUID, so nothing in it needs escaping
-        self.respond(202, f'{{"ID": "{message_id}"}}\n'.encode(), {"Location": f"/sms/{message_id}"})
-
-    def found(self, body: bytes) -> None:
-        """Responds with a status."""
-        self.respond(200, body)
-
-    def healthy(self, result: tuple[list[str], list[str]]) -> None:
-        """Responds with what is wrong, if anything is."""
-        reasons, warnings = result
-        if self.server.stopping:
-            reasons = [*reasons, "shutting down"]
-        doc: dict[str, Any] = {"Status": "UNAVAILABLE", "Reasons": reasons} if reasons else {"Status": "OK"}
-        if warnings:
-            doc["Warnings"] = warnings
-        self.respond(HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK, _json(doc))
-
-    def measured(self, nothing: None) -> None:
-        """Responds with the figures for Prometheus."""
-        text = "\n".join((*_exposition(self.server), ""))
-        self.respond(HTTPStatus.OK, text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-    def _authorize(self) -> None:
-        scheme, _, key = self.request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1")
-        # All are compared, each in constant time, so that the time tells nothing about any of them.
-        known = [name for name, each in self.server.api_keys.items() if hmac.compare_digest(given, each)]
-        if scheme.lower() != "bearer" or not known:
-            challenge = {"WWW-Authenticate": 'Bearer realm="smsproxy"'}  # RFC 6750, 3
-            raise HttpError(HTTPStatus.UNAUTHORIZED, "a valid API key is needed", challenge)
-        self.request.client = known[0]
-
-
-def _get(respond: Callable[[SmsHandler], None]) -> dict[str, Callable[[SmsHandler], None]]:
-    return {"GET": respond, "HEAD": respond}  # RFC 9110, 9.3.2: the front leaves the body out
+                exchange.finish(self._respond, item, result)
 
 
 class Route(NamedTuple):
     """What the metrics call a path, and what responds to each method there."""
 
     name: str
-    methods: Mapping[str, Callable[[SmsHandler], None]]
+    methods: Mapping[str, Handler]
 
 
-MESSAGE = Route("/sms/<id>", _get(SmsHandler.status))
-NOWHERE = Route("other", {})
-_POST = Route("/sms", {"POST": SmsHandler.send})
-ROUTES = {
-    "/sms": _POST,
-    "/sms/": _POST,
-    "/metrics": Route("/metrics", _get(SmsHandler.metrics)),
-    "/healthz": Route("/healthz", _get(SmsHandler.health)),
-    **{path: Route(path, _get(SmsHandler.file)) for path in FILES},
-    "*": Route("other", {**_get(SmsHandler.file), **_POST.methods}),  # of the whole server: OPTIONS (RFC 9110, 9.3.7)
-}
+class RestApi:
+    """Serves one `SmsProxy`; the front needs `workers` threads for it.
+
+    With `api_keys`, key by name, /sms and /metrics need one of them.
+    """
+
+    def __init__(self, proxy: SmsProxy, *, api_keys: Mapping[str, str] = {}, version: str = "") -> None:
+        self.proxy = proxy
+        self.files = {path: data_file(name) for path, (name, _) in FILES.items()}
+        self._page_headers = page_headers(self.files["/"])
+        self.set_api_keys(api_keys)
+        blocking = proxy.blocking
+        self._posts: Group[Entry, None] = Group(proxy.accept_all, self._accepted, blocking=blocking)
+        self._statuses = Group(lambda ids: [self._status_body(each) for each in ids], self._found, blocking=blocking)
+        self._cancels = Group(self._cancel_all, self._cancelled, blocking=blocking)
+        # One at a time, and its result for all who ask meanwhile: anybody may ask.
+        self._healths = Group(lambda asks: [proxy.health()] * len(asks), self._healthy, blocking=blocking, lanes=1)
+        self._figures = Group(self._measure, self._measured, blocking=blocking, lanes=1)
+        self._http_metrics = HttpMetrics(version)
+        self._groups: tuple[Group[Any, Any], ...] = (
+            self._posts, self._statuses, self._cancels, self._healths, self._figures)  # fmt: skip
+        self.workers = sum(group.lanes for group in self._groups)  # threads that the front needs for what may block
+        post: dict[str, Handler] = {"POST": self._send}
+        self._message = Route("/sms/<id>", {**_get(self._status), "DELETE": self._cancel})
+        self._nowhere = Route("other", {})
+        self._routes = {
+            "/sms": Route("/sms", post),
+            "/sms/": Route("/sms", post),
+            "/metrics": Route("/metrics", _get(self._metrics)),
+            "/healthz": Route("/healthz", _get(self._health)),
+            "/livez": Route("/livez", _get(self._alive)),
+            **{path: Route(path, _get(self._file)) for path in FILES},
+            # Of the whole server: OPTIONS (RFC 9110, 9.3.7).
+            "*": Route("other", {**_get(self._file), **post, "DELETE": self._cancel}),
+        }
+
+    def set_api_keys(self, api_keys: Mapping[str, str]) -> None:
+        """Replaces the keys, key by name, for the requests that come from now on."""
+        self.api_keys = {name: key.encode() for name, key in api_keys.items()}
+
+    # For the front
+
+    def route(self, exchange: Exchange) -> Handler:
+        """What responds to the path and the method; 401, 403, 404 and 405."""
+        request = exchange.request
+        path, method = request.path, request.method
+        route = self._routes.get(path)
+        if route is None:
+            route = self._message if path.startswith("/sms/") and "/" not in path[5:] else self._nowhere
+        exchange.route = route.name
+        if self.api_keys and path.startswith(GUARDED):
+            exchange.client = self._authorized(request)
+        if method not in HARMLESS and from_another_page(request.headers):
+            raise HttpError(HTTPStatus.FORBIDDEN, "another web page's browser sent this")
+        respond = route.methods.get(method)
+        if respond is not None:
+            return respond
+        if method not in METHODS:
+            raise HttpError(HTTPStatus.NOT_IMPLEMENTED, "unknown method")
+        if route is self._nowhere or (path == "/sms/" and method in ("GET", "HEAD")):  # the message without an ID
+            raise HttpError(HTTPStatus.NOT_FOUND, "there is nothing here")
+        allow = {"Allow": ", ".join((*route.methods, "OPTIONS"))}
+        if method == "OPTIONS":
+            return lambda exchange: exchange.respond(HTTPStatus.OK, headers=allow)
+        raise HttpError(HTTPStatus.METHOD_NOT_ALLOWED, f"{method} is not allowed here", allow)
+
+    def refusal(self, error: BaseException) -> HttpError | None:
+        """The response to an error of the domain."""
+        if isinstance(error, ValidationError):
+            return HttpError(HTTPStatus.BAD_REQUEST, f"{FIELDS.get(error.field, error.field)} {error.problem}")
+        for kind, status, wait, text in REFUSALS:
+            if isinstance(error, kind):
+                return HttpError(status, text or str(error), {"Retry-After": str(wait)} if wait else {})
+        return None
+
+    def shown(self, request: Request) -> str:
+        """The path for the log: our own, or with an ID of ours. Anything else may be a phone number."""
+        path = request.path
+        if path in self._routes or (path.startswith("/sms/") and is_ours(path[5:])):
+            return path
+        return "/sms/***" if path.startswith("/sms/") else "/***"
+
+    def end_iteration(self, front: Front) -> None:
+        """Asks the domain for what the requests of this iteration want, as groups."""
+        for group in self._groups:
+            if group.waiting:
+                group.ask(front)
+
+    def _authorized(self, request: Request) -> str:
+        """The name of the API key that the request has."""
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1")
+        # All are compared, each in constant time, so that the time tells nothing about any of them.
+        known = [name for name, each in self.api_keys.items() if hmac.compare_digest(given, each)]
+        if scheme.lower() != "bearer" or not known:
+            challenge = {"WWW-Authenticate": 'Bearer realm="smsproxy"'}  # RFC 6750, 3
+            raise HttpError(HTTPStatus.UNAUTHORIZED, "a valid API key is needed", challenge)
+        return known[0]
+
+    # Handlers, and what responds to those that are deferred
+
+    def _send(self, exchange: Exchange) -> None:
+        """Accepts a message, with all others of this iteration."""
+        request = exchange.request
+        message, key = decode(request.body), request.headers.get("idempotency-key")
+        if key is not None and IDEMPOTENCY_KEY.fullmatch(key) is None:
+            raise HttpError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must be 1 to 255 visible ASCII characters")
+        self._posts.add(exchange, self.proxy.entry(message, key))
+
+    def _accepted(self, exchange: Exchange, entry: Entry, result: None) -> None:
+        message_id = entry.message.message_id  # a UUID, so nothing in it needs escaping
+        exchange.respond(202, f'{{"ID": "{message_id}"}}\n'.encode(), {"Location": f"/sms/{message_id}"})
+
+    def _status(self, exchange: Exchange) -> None:
+        """Tells the status of a message."""
+        message_id = unquote(exchange.request.path[5:])
+        if self.proxy.blocking:
+            self._statuses.add(exchange, message_id)
+        else:  # in memory: at once, without the way through a group
+            exchange.respond(200, self._status_body(message_id))
+
+    def _status_body(self, message_id: str) -> bytes:
+        """A message's status, and why the service itself gave it up, if it did, as JSON. May block."""
+        status = self.proxy.get_status(message_id)
+        reason = self.proxy.get_reason(message_id) if status is MessageStatus.FAILED else None
+        return STATUS_BODIES[status] if reason is None else _json({"Status": status.value, "Reason": reason.value})
+
+    def _found(self, exchange: Exchange, message_id: str, body: bytes) -> None:
+        exchange.respond(200, body)
+
+    def _cancel(self, exchange: Exchange) -> None:
+        """Cancels a message that waits."""
+        self._cancels.add(exchange, unquote(exchange.request.path[5:]))
+
+    def _cancel_all(self, ids: Sequence[str]) -> list[MessageStatus | None]:
+        """For each: None when it is cancelled, now or before, or else its status. May block."""
+        return [None if self.proxy.cancel(each) else self.proxy.get_status(each) for each in ids]
+
+    def _cancelled(self, exchange: Exchange, message_id: str, status: MessageStatus | None) -> None:
+        if status is None:
+            exchange.respond(200, CANCELLED)
+        elif status is MessageStatus.NOT_FOUND:
+            raise HttpError(HTTPStatus.NOT_FOUND, "there is no such message")
+        else:
+            doc = {"Error": "it is too late to cancel this message", "Status": status.value}
+            exchange.respond(HTTPStatus.CONFLICT, _json(doc))
+
+    def _health(self, exchange: Exchange) -> None:
+        """Tells whether this instance should get traffic."""
+        self._healths.add(exchange, None)
+
+    def _healthy(self, exchange: Exchange, asked: None, result: tuple[list[str], list[str]]) -> None:
+        reasons, warnings = result
+        if exchange.front.stopping:
+            reasons = [*reasons, "shutting down"]
+        doc: dict[str, Any] = {"Status": "UNAVAILABLE", "Reasons": reasons} if reasons else {"Status": "OK"}
+        if warnings:
+            doc["Warnings"] = warnings
+        exchange.respond(HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK, _json(doc))
+
+    def _alive(self, exchange: Exchange) -> None:
+        """Tells whether this process does its work: not whether the database or FastSMSing do theirs."""
+        dead = self.proxy.dead_threads()
+        doc = {"Status": "UNAVAILABLE", "Reasons": [f"{name} is dead" for name in dead]} if dead else {"Status": "OK"}
+        exchange.respond(HTTPStatus.SERVICE_UNAVAILABLE if dead else HTTPStatus.OK, _json(doc))
+
+    def _metrics(self, exchange: Exchange) -> None:
+        """Tells the figures."""
+        self._figures.add(exchange, None)
+
+    def _measure(self, asked: Sequence[None]) -> Sequence[None]:
+        self.proxy.measure()
+        return asked
+
+    def _measured(self, exchange: Exchange, asked: None, result: None) -> None:
+        front = exchange.front
+        routes = sorted({route.name for route in (self._message, *self._routes.values())})
+        self._http_metrics.measure(front)
+        text = [*self.proxy.metrics.text(), *self._http_metrics.text(), *self._http_metrics.counts(front, routes), ""]
+        exchange.respond(HTTPStatus.OK, "\n".join(text).encode(), content_type=PROMETHEUS)
+
+    def _file(self, exchange: Exchange) -> None:
+        """Gives the operators' page or the description of the interface."""
+        path = exchange.request.path
+        exchange.respond(HTTPStatus.OK, self.files[path], self._page_headers if path == "/" else {}, FILES[path][1])
+
+
+def _get(respond: Handler) -> dict[str, Handler]:
+    return {"GET": respond, "HEAD": respond}  # RFC 9110, 9.3.2: the front leaves the body out
 
 
 def _json(doc: Mapping[str, Any]) -> bytes:
     return json.dumps(doc).encode() + b"\n"
-
-
-# Requests
-
-
-def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object by its names without regard to case and underscores; one given twice is refused."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        key = name.replace("_", "").lower()
-        if key in found:
-            raise HttpError(HTTPStatus.BAD_REQUEST, f"{name[:50]} is given twice")
-        found[key] = value
-    return found
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(name)
-
-
-# Integers of any length as floats: the digits of a giant one would cost quadratic time, and no field is a number.
-_decode = json.JSONDecoder(object_pairs_hook=_fields, parse_int=float, parse_constant=_no_number).raw_decode
-
-
-def decode(body: bytes) -> SendMessage:
-    """The message of a request, its values as they are: the domain judges them. Raises `HttpError`."""
-    problem = "the body must be a JSON object in UTF-8"
-    try:
-        text = body.decode()
-        doc, end = _decode(text, len(text) - len(text.lstrip(" \t\n\r")))  # RFC 8259, 2
-        if behind := text[end:].lstrip(" \t\n\r"):
-            raise json.JSONDecodeError("Extra data", text, len(text) - len(behind))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, NaN, nested too deeply
-        if not body.strip():
-            problem = "the body is empty; it must be a JSON object"
-        elif FORM.match(body.decode("latin-1")):
-            problem = "the body is form-encoded; it must be a JSON object"
-        elif isinstance(error, json.JSONDecodeError):
-            problem += f": {error.msg} at line {error.lineno}, column {error.colno}"
-        raise HttpError(HTTPStatus.BAD_REQUEST, problem) from None
-    if not isinstance(doc, dict):
-        raise HttpError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object")
-    try:
-        return SendMessage(doc["phonenumber"], doc["content"])
-    except KeyError:
-        missing = next(name for name in FIELDS.values() if name.lower() not in doc)
-        raise HttpError(HTTPStatus.BAD_REQUEST, f"{missing} is missing") from None
-
-
-# Metrics
-
-
-def _exposition(server: SmsServer) -> Iterator[str]:
-    """The lines of Prometheus text format 0.0.4."""
-    server.own_metrics.measure(server.open_connections)
-    yield from server.proxy.metrics.text()
-    yield from server.own_metrics.text()
-    yield from ("# HELP smsproxy_http_responses_total HTTP responses, by route and code.",
-                "# TYPE smsproxy_http_responses_total counter")  # fmt: skip
-    names = {route.name for route in (MESSAGE, *ROUTES.values())}
-    responses = {**{(name, code): 0 for name in sorted(names) for code in CODES}, **server.responses}
-    for (name, code), count in responses.items():
-        yield f'smsproxy_http_responses_total{{route="{name}",code="{code:d}"}} {count}'
-    labels = f'version="{server.version}",python="{platform.python_version()}"'
-    yield from ("# HELP smsproxy_build_info Which program this is.", "# TYPE smsproxy_build_info gauge",
-                f"smsproxy_build_info{{{labels}}} 1")  # fmt: skip

@@ -66,6 +66,7 @@ class SmsProxy:
         )  # fmt: skip
         self._lock = threading.Lock()  # held for a whole start: a second one waits for the first
         self._started = False
+        self._checks = Incident(log, "the database cannot be written")
         self.blocking = self._repository.blocking  # whether the methods may block for long
         self.metrics.stand_in.value = float(isinstance(client, InMemoryClient))
         client.subscribe(self._updater.updates)
@@ -163,7 +164,10 @@ class SmsProxy:
             self._repository.check()
             reasons, warnings = self._batching.health()
         except RepositoryUnavailableError as error:
-            reasons.append(str(error))
+            self._checks.failed(error)  # where it is, is for the log only
+            reasons.append("the database cannot be written")
+        else:
+            self._checks.ended()
         if self._updater.dead:
             reasons.append("smsproxy-updater-1 is dead")
         if self.metrics.stand_in.value:

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 import pytest
 
-from http_front import Limits
+from http_front import FrontServer
+from http_protocol import Limits
 from providers import HANG as HANG  # handed on
-from restapi import SmsServer
+from restapi import RestApi
 from smsproxy import SmsProxy
 
 TESTS = Path(__file__).resolve().parent
@@ -84,10 +85,20 @@ def together(threads: int, call: Callable[[int], object]) -> None:
         assert not thread.is_alive(), "a thread hangs"
 
 
+class RestServer(FrontServer):
+    """A front that serves the REST interface of a proxy."""
+
+    def __init__(
+        self, proxy: SmsProxy, limits: Limits = Limits(), *, address: tuple[str, int] = ("127.0.0.1", 0), **options: Any
+    ) -> None:
+        self.proxy, self.api = proxy, RestApi(proxy, **options)
+        super().__init__(address, self.api, limits, workers=self.api.workers)
+
+
 @contextlib.contextmanager
-def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Iterator[SmsServer]:
+def serving(proxy: SmsProxy, limits: Limits = Limits(), **options: Any) -> Iterator[RestServer]:
     """A server for the proxy on a free port of the loopback, in a thread of its own, until the block ends."""
-    server = SmsServer(("127.0.0.1", 0), proxy, limits=limits, **options)
+    server = RestServer(proxy, limits, **options)
     thread = threading.Thread(target=server.serve_forever, name="server under test", daemon=True)
     thread.start()
     try:

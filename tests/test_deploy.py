@@ -26,7 +26,7 @@ import command_line
 import process_control
 import restarts
 from browser import Browser, browser
-from http_front import Limits
+from http_protocol import Limits
 from restarts import HANG, ROOT, Service
 
 __all__ = ["browser"]  # a fixture

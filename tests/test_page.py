@@ -14,9 +14,8 @@ import pytest
 
 from browser import Browser, Tab, browser
 from fastsmsing import FastSmsingError, InMemoryClient, RejectedError
-from helpers import Listening, request, serving
+from helpers import Listening, RestServer, request, serving
 from providers import HANG, Recorder, Scripted
-from restapi import SmsServer
 from smsproxy import SendMessage, SmsProxy, SmsProxyConfig
 
 __all__ = ["browser"]  # a fixture
@@ -109,7 +108,7 @@ def send_by_keyboard(tab: Tab, *fields: str) -> None:
 def test_a_message_sent_through_the_form_is_followed_to_its_delivery_and_moves_the_figures(open_page: OpenPage) -> None:
     with SmsProxy(InMemoryClient(), AT_ONCE) as proxy, serving(proxy) as server:
         tab = open_page(server)
-        tab.wait_text("state", "OK")
+        tab.wait_text("state", "Warning")  # the stand-in sends nothing to anybody
         assert (tab.text("accepted"), tab.text("delivered")) == ("0", "0")
         assert tab.text("pace") == "No request has been made yet"
         send_by_keyboard(tab, NUMBER, "Your parcel is here")
@@ -224,7 +223,7 @@ def test_a_service_that_is_gone_is_said_to_be_and_its_successor_is_shown_without
         tab.wait_text("state", "Cannot be reached")
         assert tab.text("notices").startswith("The service does not respond. The figures are from ")
     host, port = server.server_address[:2]
-    successor = SmsServer((str(host), port), SmsProxy(Recorder()))
+    successor = RestServer(SmsProxy(Recorder()), address=(str(host), port))
     thread = threading.Thread(target=successor.serve_forever)
     thread.start()
     try:

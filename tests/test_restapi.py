@@ -20,10 +20,9 @@ import pytest
 import command_line
 import restapi
 from fastsmsing import FastSmsingError, RejectedError
-from helpers import HANG, Peer, Response, exchange, raw, request, serving
+from helpers import HANG, Peer, Response, RestServer, exchange, raw, request, serving
 from providers import Gate, Recorder, Scripted
-from restapi import SmsServer
-from smsproxy import InMemoryRepository, Reason, RepositoryUnavailableError, SmsProxy, SmsProxyConfig
+from smsproxy import InMemoryRepository, Reason, RepositoryUnavailableError, SendMessage, SmsProxy, SmsProxyConfig
 
 NUMBER, TEXT = "48123456789", "Your parcel is here"
 GOOD = {"PhoneNumber": NUMBER, "Content": TEXT}
@@ -62,7 +61,7 @@ class Guarded(InMemoryRepository):
 @contextlib.contextmanager
 def service(
     client: Any = None, config: SmsProxyConfig = WAITS, repository: Any = None, **options: Any
-) -> Iterator[SmsServer]:
+) -> Iterator[RestServer]:
     """A running service; without arguments its provider takes everything, and nothing leaves before a stop."""
     proxy = SmsProxy(client or Recorder(), config, repository=repository)
     with contextlib.ExitStack() as stack:
@@ -80,17 +79,17 @@ def post(content: object = TEXT, *lines: str) -> bytes:
 
 
 ASKED = {  # by the call of the repository that it leads to
-    "save_all": post(), "get": raw("GET", "/sms/x"), "check": raw("GET", "/healthz"),
+    "save_all": post(), "get": raw("GET", "/sms/x"), "cancel": raw("DELETE", "/sms/x"), "check": raw("GET", "/healthz"),
 }  # fmt: skip
 
 
-def accept(server: SmsServer, *lines: str) -> str:
+def accept(server: RestServer, *lines: str) -> str:
     """The ID of a message that is accepted."""
     return str(exchange(server, post(TEXT, *lines))[1]["ID"])
 
 
 @contextlib.contextmanager
-def connected(server: SmsServer, count: int) -> Iterator[list[Peer]]:
+def connected(server: RestServer, count: int) -> Iterator[list[Peer]]:
     """So many peers, all accepted."""
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(Peer(server)) for _ in range(count)]
@@ -99,13 +98,13 @@ def connected(server: SmsServer, count: int) -> Iterator[list[Peer]]:
 
 
 @pytest.fixture
-def idle() -> Iterator[SmsServer]:
+def idle() -> Iterator[RestServer]:
     with service() as server:
         yield server
 
 
 @pytest.fixture
-def guarded() -> Iterator[SmsServer]:
+def guarded() -> Iterator[RestServer]:
     with service(api_keys=KEYS) as server:
         yield server
 
@@ -114,7 +113,7 @@ def guarded() -> Iterator[SmsServer]:
 
 
 @pytest.mark.parametrize("path", ["/sms", "/sms/", "/sms?x=1"])
-def test_a_message_is_accepted_with_its_id_and_where_to_ask_for_it(idle: SmsServer, path: str) -> None:
+def test_a_message_is_accepted_with_its_id_and_where_to_ask_for_it(idle: RestServer, path: str) -> None:
     status, doc, headers = request(idle, "POST", path, GOOD)
     assert (status, list(doc), headers["Location"]) == (202, ["ID"], f"/sms/{doc['ID']}")
     assert (headers["Content-Type"], str(uuid.UUID(doc["ID"]))) == ("application/json", doc["ID"])
@@ -126,8 +125,6 @@ ACCEPTABLE: dict[str, tuple[bytes, str]] = {
     **{f"{number} {content}": (json.dumps({number: NUMBER, content: TEXT}).encode(), TEXT)
        for number in ("PhoneNumber", "phoneNumber", "phone_number", "PHONE_NUMBER", "_phone__number_")
        for content in ("Content", "content", "CONTENT", "con_tent")},
-    "other fields": (json.dumps({**GOOD, "Sender": None, "Priority": [1, {"a": {}}], "": 1e5}).encode(), TEXT),
-    "a giant number beside it": (json.dumps(GOOD)[:-1].encode() + b', "n": ' + b"9" * 20_000 + b"}", TEXT),
     "white space around": (b" \t\r\n" + json.dumps(GOOD).encode() + b"\n\n ", TEXT),
     **{f"text {number}, {'escaped' if escaped else 'as it is'}": (
         json.dumps({**GOOD, "Content": text}, ensure_ascii=escaped).encode(), text)
@@ -151,7 +148,9 @@ BAD_BODIES: dict[str, tuple[bytes, str]] = {
     "something behind": (b"{}\n {}", "Extra data at line 2, column 2"),
     "a BOM": (b"\xef\xbb\xbf{}", "JSON object in UTF-8"),
     "Latin-1": ('{"Content": "é"}'.encode("latin-1"), "JSON object in UTF-8"),
-    "NaN": (b'{"PhoneNumber": NaN, "Content": "x"}', "JSON object"),
+    "NaN": (b'{"PhoneNumber": NaN, "Content": "x"}', "PhoneNumber must be a string"),
+    "a boolean": (b'{"PhoneNumber": "48", "Content": true}', "Content must be a string"),
+    "null": (b'{"PhoneNumber": null, "Content": "x"}', "PhoneNumber must be a string"),
     "nested deeply": (b'{"Content": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", "JSON object"),
     **{text: (text.encode(), "must be a JSON object") for text in ("[]", "null", '"x"', "1", "[{}]")},
     "a giant number": (b'{"PhoneNumber": ' + b"4" * 20_000 + b', "Content": "x"}', "PhoneNumber must be a string"),
@@ -163,7 +162,14 @@ BAD_BODIES: dict[str, tuple[bytes, str]] = {
     "no text": (b'{"PhoneNumber": "48"}', "Content is missing"),
     "a plus": (b'{"PhoneNumber": "+48123", "Content": "x"}', "PhoneNumber must consist of the digits"),
     "twice, spelt in two ways": (b'{"phone_number": "48", "PhoneNumber": "48"}', "PhoneNumber is given twice"),
-    "twice inside": (b'{"PhoneNumber": "48", "Content": "x", "o": {"a": 1, "A": 2}}', "A is given twice"),
+    "unknown": (b'{"PhoneNumber": "48", "Content": "x", "Sender": "us"}', "unknown field Sender"),
+    "misspelt": (b'{"Phonenumbr": "48", "Content": "x"}', "unknown field Phonenumbr; did you mean PhoneNumber?"),
+    "misspelt with underscores": (b'{"PhoneNumber": "48", "_contnt_": "x"}', "_contnt_; did you mean Content?"),
+    "unknown and odd inside": (b'{"o": {"a": 1, "A": NaN}, "PhoneNumber": "48", "Content": "x"}', "unknown field o"),
+    "unknown, twice": (b'{"PhoneNumber": "48", "o": 1, "o": 2, "Content": "x"}', "unknown field o"),
+    "unknown giant number": (b'{"PhoneNumber": "48", "Content": "x", "n": ' + b"9" * 20_000 + b"}", "unknown field n"),
+    "a number as a name": (b'{"48123456789": "x"}', "unknown field ***********"),
+    "a long name": (b'{"%b": "x"}' % (b"y" * 60_000), f"unknown field {'y' * 50}..."),
 }  # fmt: skip
 
 
@@ -180,13 +186,13 @@ def test_a_body_that_will_not_do_is_a_400_that_says_why_and_saves_nothing(body: 
 
 
 PATHS = {  # a path of each route → its methods
-    "/sms": "POST", "/sms/": "POST", "/sms/some-id": "GET HEAD", "/metrics": "GET HEAD", "/healthz": "GET HEAD",
-    "/openapi.json": "GET HEAD", "/": "GET HEAD",
+    "/sms": "POST", "/sms/": "POST", "/sms/some-id": "GET HEAD DELETE", "/metrics": "GET HEAD",
+    "/healthz": "GET HEAD", "/livez": "GET HEAD", "/openapi.json": "GET HEAD", "/": "GET HEAD",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_path_takes_its_methods_and_tells_all_others_which_these_are(idle: SmsServer, path: str) -> None:
+def test_a_path_takes_its_methods_and_tells_all_others_which_these_are(idle: RestServer, path: str) -> None:
     methods = [*PATHS[path].split(), "OPTIONS"]
     others = {"GET", "POST", "PUT", "DELETE", "PATCH", "TRACE"} - {*methods, "GET" if path == "/sms/" else ""}
     for method in others:
@@ -201,9 +207,87 @@ def test_a_path_takes_its_methods_and_tells_all_others_which_these_are(idle: Sms
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/sms/a/b", "/sms//", "/smsx", "/SMS", "/metrics/", "/index.html"])
-def test_any_other_path_and_the_status_of_no_id_are_a_404(idle: SmsServer, path: str) -> None:
+def test_any_other_path_and_the_status_of_no_id_are_a_404(idle: RestServer, path: str) -> None:
     assert {request(idle, method, path, b"")[0] for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS")} == {404}
     assert {request(idle, method, "/sms/")[0] for method in ("GET", "HEAD")} == {404}
+
+
+# How long a message may wait
+
+
+WAITS_AND_AGES: dict[str, tuple[str, float | None, float | None]] = {
+    "nothing said": ("", None, None), "at once": ('"MaxDelay": 0', 0.0, None),
+    "a minute, in other letters": ('"max_delay": 60, "MAXAGE": 120', 60.0, 120.0),
+    "the longest": ('"MaxDelay": 604800, "MaxAge": 604800.0', 604_800.0, 604_800.0),
+    "short": ('"MaxDelay": 2.5e-1, "MaxAge": 1e-3', 0.25, 0.001),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "max_delay", "max_age"), WAITS_AND_AGES.values(), ids=WAITS_AND_AGES)
+def test_a_sender_may_say_how_long_a_message_may_wait_and_how_old_it_may_become(
+    said: str, max_delay: float | None, max_age: float | None
+) -> None:
+    body = json.dumps(GOOD)[:-1] + (f", {said}}}" if said else "}")
+    with service(repository=(repository := Guarded())) as server:
+        expected = server.proxy.entry(SendMessage(NUMBER, TEXT, max_delay, max_age))
+        assert request(server, "POST", "/sms", body.encode())[0] == 202
+        entry = next(call[1][0] for call in repository.calls if call[0] == "save_all")
+    for name in ("linger", "default_linger", "max_age"):
+        assert getattr(entry, name) == getattr(expected, name)
+
+
+NO_NUMBERS = ("true", "false", "null", '"5"', "[5]", "{}", "NaN", "Infinity", "-Infinity", "1e999", "-1", "604800.01")
+
+
+@pytest.mark.parametrize("field", ["MaxDelay", "MaxAge"])
+@pytest.mark.parametrize("value", [*NO_NUMBERS, "9" * 20_000])
+def test_a_time_that_will_not_do_is_a_400_that_names_the_field(idle: RestServer, field: str, value: str) -> None:
+    body = json.dumps(GOOD)[:-1] + f', "{field}": {value}}}'
+    status, doc, _ = request(idle, "POST", "/sms", body.encode())
+    assert (status, doc["Error"].split(" must be a number of seconds")[0]) == (400, field)
+
+
+def test_an_age_of_nothing_is_refused(idle: RestServer) -> None:
+    assert request(idle, "POST", "/sms", {**GOOD, "MaxAge": 0})[0] == 400
+
+
+# Cancelling
+
+
+CANCELLED = {"Status": "FAILED", "Reason": "cancelled"}
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_message_that_waits_can_be_cancelled_and_is_never_sent(blocking: bool) -> None:
+    with service(client := Recorder(), repository=Guarded(blocking=blocking)) as server:
+        message_id, other = accept(server), accept(server)
+        for _ in range(2):
+            assert request(server, "DELETE", f"/sms/{message_id}")[:2] == (200, CANCELLED)
+        assert request(server, "GET", f"/sms/{message_id}")[:2] == (200, CANCELLED)
+        server.proxy.stop(HANG)
+    assert client.ids == [other]
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_what_is_in_a_batch_handed_over_or_final_cannot_be_cancelled_any_more(blocking: bool) -> None:
+    with service(client := Gate(), SINGLY, Guarded(blocking=blocking)) as server:
+        message_id = accept(server)
+        client.wait_entered()
+        for status in ("ACCEPTED", "CONFIRMED", "DELIVERED"):
+            if status != "ACCEPTED":
+                client.opened.set()
+                client.wait_for(bool)
+                applied(client, {message_id: status})
+            code, doc, _ = request(server, "DELETE", f"/sms/{message_id}")
+            assert (code, list(doc), doc["Status"]) == (409, ["Error", "Status"], status)
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+@pytest.mark.parametrize("message_id", ["never-issued", "%ff", "%00", NUMBER])
+def test_an_id_never_issued_cannot_be_cancelled(message_id: str, blocking: bool) -> None:
+    with service(repository=Guarded(blocking=blocking)) as server:
+        status, doc, _ = request(server, "DELETE", f"/sms/{message_id}")
+        assert (status, list(doc)) == (404, ["Error"])
 
 
 # Statuses
@@ -270,13 +354,13 @@ def test_whatever_the_repository_raises_is_told_without_details_and_ends_nothing
 ) -> None:
     expected: tuple[int, Any, str | None] = (500, {"Error": "internal error"}, None)
     if isinstance(error, RepositoryUnavailableError):
-        unhealthy = (503, {"Status": "UNAVAILABLE", "Reasons": ["full"]}, None)
-        expected = unhealthy if call == "check" else (503, {"Error": "full"}, "5")
+        unhealthy = (503, {"Status": "UNAVAILABLE", "Reasons": ["the database cannot be written"]}, None)
+        expected = unhealthy if call == "check" else (503, {"Error": "the database is unavailable"}, "5")
     with service(repository=(repository := Guarded(blocking=blocking, **{call: error}))) as server:
         status, doc, headers = exchange(server, ASKED[call])
         assert (status, doc, headers["Retry-After"]) == expected
         repository.errors.clear()
-        assert exchange(server, ASKED[call])[0] in (200, 202)
+        assert exchange(server, ASKED[call])[0] in (200, 202, 404)
 
 
 @pytest.mark.parametrize("blocking", [False, True])
@@ -307,9 +391,14 @@ def test_what_one_iteration_finds_is_saved_together_and_each_gets_its_own_respon
     requests = [post("1"), post("2", key), post(""), post("2", key), post("3", key), post("4"), post("5")]
     config = SmsProxyConfig(batch_size=3, max_delay=None, max_pending=3)
     with service(Gate(), config, repository) as server, connected(server, len(requests)) as peers:
-        server.call_soon(lambda: (held.set(), opened.wait(HANG)))
+
+        def hold() -> None:
+            held.set()
+            opened.wait(HANG)
+
+        server.call_soon(hold)
         assert held.wait(HANG)
-        for peer, data in zip(peers, requests):
+        for peer, data in zip(peers, requests, strict=True):
             peer.send(data)
         opened.set()
         found = [peer.receive()[:2] for peer in peers]
@@ -318,7 +407,8 @@ def test_what_one_iteration_finds_is_saved_together_and_each_gets_its_own_respon
     assert [len(call[1]) for call in repository.calls if call[0] == "save_all"] == [6]
 
 
-@pytest.mark.parametrize(("call", "lanes"), [("save_all", restapi.LANES), ("get", restapi.LANES), ("check", 1)])
+@pytest.mark.parametrize(("call", "lanes"), [("save_all", restapi.LANES), ("get", restapi.LANES),
+    ("cancel", restapi.LANES), ("check", 1)])  # fmt: skip
 def test_what_comes_while_the_repository_is_busy_shares_its_next_calls_and_others_go_on(call: str, lanes: int) -> None:
     repository = Guarded(call)
     with service(repository=repository) as server, connected(server, lanes + 20) as peers:
@@ -326,12 +416,12 @@ def test_what_comes_while_the_repository_is_busy_shares_its_next_calls_and_other
             peer.send(ASKED[call])
             if place < lanes:
                 repository.wait_entered()
-        for other in ASKED.keys() - {call}:
-            assert exchange(server, ASKED[other])[0] in (200, 202)  # by now the loop has read them all
+        for other in ASKED.keys() - {call, "cancel"}:  # which looks at the status, too
+            assert exchange(server, ASKED[other])[0] in (200, 202, 404)  # by now the loop has read them all
         repository.opened.set()
-        assert {peer.receive()[0] for peer in peers} <= {200, 202}
+        assert {peer.receive()[0] for peer in peers} <= {200, 202, 404}
     sizes = [len(args[0]) if call == "save_all" else 1 for name, *args in repository.calls if name == call]
-    assert call == "get" or lanes < len(sizes) <= 2 * lanes
+    assert call in ("get", "cancel") or lanes < len(sizes) <= 2 * lanes
 
 
 # Health and figures
@@ -340,7 +430,7 @@ def test_what_comes_while_the_repository_is_busy_shares_its_next_calls_and_other
 @pytest.mark.parametrize("reasons", [[], ["queue full"]])
 @pytest.mark.parametrize("warnings", [[], ["FastSMSing has been failing"]])
 def test_health_is_bad_for_a_reason_and_stays_good_with_a_warning(
-    idle: SmsServer, reasons: list[str], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+    idle: RestServer, reasons: list[str], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(idle.proxy, "health", lambda: (reasons, warnings))
     expected: dict[str, Any] = {"Status": "UNAVAILABLE", "Reasons": reasons} if reasons else {"Status": "OK"}
@@ -357,11 +447,47 @@ def test_a_server_that_shuts_down_is_unhealthy() -> None:
         assert peer.receive()[:2] == (503, {"Status": "UNAVAILABLE", "Reasons": ["shutting down"]})
 
 
+def test_a_process_lives_unless_a_worker_is_dead_whatever_the_database_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    with service(repository=(repository := Guarded(check=RepositoryUnavailableError("no")))) as server:
+        assert request(server, "GET", "/healthz")[0] == 503
+        assert request(server, "GET", "/livez")[:2] == (200, {"Status": "OK"})
+        monkeypatch.setattr(server.proxy, "dead_threads", lambda: ["smsproxy-updater-1"])
+        dead = {"Status": "UNAVAILABLE", "Reasons": ["smsproxy-updater-1 is dead"]}
+        assert request(server, "GET", "/livez")[:2] == (503, dead)
+    assert [call for call in repository.calls if call[0] == "check"] == [("check",)]
+
+
+def test_the_figures_are_there_while_the_database_is_away_but_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*args: object) -> None:
+        raise RepositoryUnavailableError("connection to db.internal port 5432 failed")
+
+    with service(repository=(repository := Guarded())) as server:
+        accept(server)
+        before = figures(server)
+        with monkeypatch.context() as patch:
+            for name in ("backlog", "ages", "size"):
+                patch.setattr(repository, name, away)
+            now = figures(server)
+        assert now["messages_accepted_total"] == 1
+        assert before.keys() - now.keys() >= {"pending_messages", "oldest_pending_message_age_seconds"}
+        assert figures(server).keys() == before.keys()
+
+
+def test_no_body_says_where_the_database_is(caplog: pytest.LogCaptureFixture) -> None:
+    away = RepositoryUnavailableError("connection to db.internal port 5432 failed: /var/run/postgresql")
+    with service(repository=Guarded(save_all=away, get=away, cancel=away, check=away)) as server:
+        for data in ASKED.values():
+            status, doc, _ = exchange(server, data)
+            assert status == 503
+            assert [word for word in ("db.internal", "5432", "/var", "postgres") if word in str(doc)] == []
+    assert "db.internal" in caplog.text
+
+
 LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\n"])*"'
 SAMPLE = re.compile(rf"(([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{{{LABEL}(?:,{LABEL})*\}})?) ([+-]?(?:[0-9.eE+-]+|Inf)|NaN)")
 
 
-def figures(server: SmsServer, key: str = "") -> dict[str, float]:
+def figures(server: RestServer, key: str = "") -> dict[str, float]:
     """The figures, by name and labels as they are written: Prometheus text format 0.0.4, taken strictly."""
     found: dict[str, float] = {}
     text = request(server, "GET", "/metrics", None, {"Authorization": f"Bearer {key}"})[1].decode()
@@ -371,7 +497,8 @@ def figures(server: SmsServer, key: str = "") -> dict[str, float]:
         suffixes = ["_bucket", "_sum", "_count"] if head[2] == "histogram" else [""]
         for line in block[head.end() :].splitlines():
             match = SAMPLE.fullmatch(line)
-            assert match is not None and match[1] not in found, line
+            assert match is not None, line
+            assert match[1] not in found, line
             assert match[2] in [head[1] + suffix for suffix in suffixes], line
             assert match[2].endswith("_total") == (head[2] == "counter"), line
             found[match[1].removeprefix("smsproxy_")] = float(match[3])
@@ -381,9 +508,9 @@ def figures(server: SmsServer, key: str = "") -> dict[str, float]:
 def test_every_figure_and_every_label_value_is_there_at_0_from_the_start() -> None:
     with service(version="1.2.3") as server:
         found = figures(server)
-    expected = {f'http_responses_total{{route="{route}",code="{code}"}}'
-        for route in ("/", "/healthz", "/metrics", "/openapi.json", "/sms", "/sms/<id>", "other")
-        for code in (200, 202, 400, 401, 404, 405, 408, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)}  # fmt: skip
+    codes = (200, 202, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)
+    routes = ("/", "/healthz", "/livez", "/metrics", "/openapi.json", "/sms", "/sms/<id>", "other")
+    expected = {f'http_responses_total{{route="{route}",code="{code}"}}' for route in routes for code in codes}
     assert {key: found.get(key) for key in expected} == dict.fromkeys(expected, 0.0)
     assert found["pending_messages_limit"] == 1e5
     assert (found["http_connections"], found["http_connections_limit"]) == (1, 1_000)
@@ -392,8 +519,10 @@ def test_every_figure_and_every_label_value_is_there_at_0_from_the_start() -> No
         assert found[f"process_{name}"] > 0
 
 
-def test_what_the_system_does_not_tell_of_the_process_is_left_out(idle: SmsServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restapi.os, "listdir", lambda path: Path("/nowhere").stat())  # raises an OSError
+def test_what_the_system_does_not_tell_of_the_process_is_left_out(
+    idle: RestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.listdir", lambda path: Path("/nowhere").stat())  # raises an OSError
     assert "process_open_fds" not in figures(idle)
 
 
@@ -428,7 +557,7 @@ def test_the_figures_after_a_known_run_are_right() -> None:
     assert {key: found[key] for key in expected} == expected
 
 
-def test_each_response_on_a_connection_is_counted_under_its_own_route(guarded: SmsServer) -> None:
+def test_each_response_on_a_connection_is_counted_under_its_own_route(guarded: RestServer) -> None:
     asked = [raw("GET", "/sms/x", None, BEARER), raw("GET", "/sms/x"), raw("GET", "/nowhere"), b"nonsense\r\n\r\n"]
     with Peer(guarded) as peer:
         assert [peer.exchange(data)[0] for data in asked] == [200, 401, 404, 400]
@@ -442,7 +571,9 @@ def test_each_response_on_a_connection_is_counted_under_its_own_route(guarded: S
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/sms"), ("POST", "/sms/"), ("GET", "/sms/x"), ("GET", "/sms/"),
     ("GET", "/sms/a/b"), ("PUT", "/sms"), ("GET", "/metrics"), ("DELETE", "/metrics")])  # fmt: skip
-def test_without_a_key_it_is_a_401_with_a_challenge_before_all_else(guarded: SmsServer, method: str, path: str) -> None:
+def test_without_a_key_it_is_a_401_with_a_challenge_before_all_else(
+    guarded: RestServer, method: str, path: str
+) -> None:
     for value in ("", "Bearer x", "Basic first-key", "Bearer", "first-key", "Bearer first-key x", "Bearer \xef-key"):
         status, doc, headers = request(guarded, method, path, b"", {"Authorization": value} if value else {})
         assert (status, doc) == (401, {"Error": "a valid API key is needed"}), value
@@ -450,27 +581,84 @@ def test_without_a_key_it_is_a_401_with_a_challenge_before_all_else(guarded: Sms
 
 
 @pytest.mark.parametrize("value", ["Bearer first-key", "bearer second-key", "BEARER   first-key"])
-def test_each_key_opens_everything_that_is_not_open(guarded: SmsServer, value: str) -> None:
+def test_each_key_opens_everything_that_is_not_open(guarded: RestServer, value: str) -> None:
     for path, code in {"/sms": 202, "/sms/x": 200, "/metrics": 200, "/sms/": 404}.items():
         method = "POST" if path == "/sms" else "GET"
         assert request(guarded, method, path, GOOD, {"Authorization": value})[0] == code
     assert {request(guarded, "GET", path)[0] for path in ("/healthz", "/openapi.json", "/")} == {200}
 
 
-def test_keys_can_be_replaced_while_it_runs(guarded: SmsServer) -> None:
-    guarded.set_api_keys({"shop": "third-key"})
+def test_keys_can_be_replaced_while_it_runs(guarded: RestServer) -> None:
+    guarded.api.set_api_keys({"shop": "third-key"})
     for key, status in (("first-key", 401), ("third-key", 200)):
         assert request(guarded, "GET", "/sms/x", None, {"Authorization": f"Bearer {key}"})[0] == status
 
 
-def test_the_debug_log_names_the_client_and_shows_no_key(guarded: SmsServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_debug_log_names_the_client_and_shows_no_key(
+    guarded: RestServer, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     with Peer(guarded) as peer:
         for key in ("first-key", "second-key", "wrong-key"):
             peer.exchange(raw("GET", "/sms/x", None, f"Authorization: Bearer {key}"))
-    lines = [record.getMessage() for record in caplog.records if "GET /sms/x" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "GET /sms/***" in record.getMessage()]
     assert [[name for name in KEYS if name in line] for line in lines] == [["shop"], ["batch job"], []]
     assert [key for key in (*KEYS.values(), "wrong-key") if key in caplog.text] == []
+
+
+OURS = "01a21607-2884-73b7-99b2-ff8d783e44e4"
+SHOWN = {
+    f"/sms/{OURS}": f"/sms/{OURS}", "/sms/": "/sms/", "/healthz?48123456789": "/healthz", "/48123456789.json": "/***",
+    "/sms/48-123-456-789": "/sms/***", "/sms/tel:48123456789": "/sms/***", "/sms/%34%38123456789": "/sms/***",
+    f"/sms/{OURS}48": "/sms/***", f"/sms/{OURS.upper()}": "/sms/***", f"/sms/{OURS}/48123": "/sms/***",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "shown"), SHOWN.items())
+def test_the_debug_log_shows_known_paths_and_our_own_ids_only(
+    idle: RestServer, caplog: pytest.LogCaptureFixture, path: str, shown: str
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    status = request(idle, "GET", path)[0]
+    assert f"127.0.0.1 GET {shown} {status}" in caplog.messages
+
+
+# Web pages of others
+
+
+SITES: dict[str, tuple[dict[str, str], int]] = {
+    "curl": ({}, 202),
+    "this page": ({"Origin": "http://x", "Sec-Fetch-Site": "same-origin"}, 202),
+    "this page, in an old browser": ({"Origin": "http://x"}, 202),
+    "this page, behind TLS": ({"Origin": "https://X"}, 202),
+    "this page, which says no origin": ({"Origin": "null", "Sec-Fetch-Site": "same-origin"}, 202),
+    "typed in": ({"Sec-Fetch-Site": "none"}, 202),
+    "another page": ({"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}, 403),
+    "another page, in an old browser": ({"Origin": "https://evil.example"}, 403),
+    "another page, without an origin": ({"Sec-Fetch-Site": "cross-site"}, 403),
+    "a page of the same site": ({"Origin": "http://x", "Sec-Fetch-Site": "same-site"}, 403),
+    "another port": ({"Origin": "http://x:8080"}, 403),
+    "a sandboxed page": ({"Origin": "null"}, 403),
+    "a file": ({"Origin": "null", "Sec-Fetch-Site": "cross-site"}, 403),
+    "two origins": ({"Origin": "http://x, http://evil.example"}, 403),
+    "no origin at all": ({"Origin": ""}, 403),
+}
+
+
+@pytest.mark.parametrize(("headers", "status"), SITES.values(), ids=SITES)
+def test_a_web_page_of_another_origin_can_send_nothing(headers: dict[str, str], status: int) -> None:
+    with service(repository=(repository := Guarded())) as server:
+        assert request(server, "POST", "/sms", GOOD, headers)[0] == status
+        assert len(repository.calls) == (status == 202)
+        assert request(server, "PUT", "/sms", GOOD, headers)[0] == (405 if status == 202 else 403)
+        for method in ("GET", "HEAD", "OPTIONS"):
+            assert request(server, method, "/sms/x", None, headers)[0] == 200
+
+
+def test_a_default_port_is_the_same_origin(idle: RestServer) -> None:
+    for origin, host, status in (("https://a", "a:443", 202), ("http://a:80", "a", 202), ("http://a", "a:443", 403)):
+        data = post(TEXT, f"Origin: {origin}").replace(b"Host: x", f"Host: {host}".encode())
+        assert exchange(idle, data)[0] == status
 
 
 def test_no_number_no_text_and_no_idempotency_key_is_logged_whatever_the_body(caplog: pytest.LogCaptureFixture) -> None:
@@ -524,7 +712,7 @@ class Description:
 
     def check(self, schema: Any, value: Any) -> bool:
         """True, or fails, by the part of JSON Schema that the document uses; any other keyword fails."""
-        types = {"object": dict, "array": list, "string": str}
+        types: dict[str, Any] = {"object": dict, "array": list, "string": str, "number": (int, float)}
         rules: dict[str, Callable[[Any], bool]] = {
             "type": lambda rule: isinstance(value, types[rule]),
             "required": lambda rule: set(rule) <= set(value),
@@ -532,6 +720,10 @@ class Description:
             "const": lambda rule: bool(value == rule),
             "minLength": lambda rule: len(value) >= rule,
             "maxLength": lambda rule: len(value) <= rule,
+            "minimum": lambda rule: value >= rule,
+            "exclusiveMinimum": lambda rule: value > rule,
+            "maximum": lambda rule: value <= rule,
+            "additionalProperties": lambda rule: set(value) <= set(self.resolve(schema)["properties"]),
             "minItems": lambda rule: len(value) >= rule,
             "pattern": lambda rule: re.search(rule, value) is not None,
             "format": lambda rule: rule == "uuid" and str(uuid.UUID(value)) == value,
@@ -550,44 +742,62 @@ def description() -> Description:
         return Description(request(server, "GET", "/openapi.json")[1])
 
 
-def provoked(status: str, path: str, method: str, body: bytes | None) -> Response:
+def provoked(
+    patch: pytest.MonkeyPatch, status: str, path: str, method: str, body: bytes | None
+) -> Response:
     """The response of a service in the state, and to the request, that brings this status about."""
-    path = path.replace("{id}", "a/b" if status == "404" else "x")
+    path = path.replace("{id}", "a/b" if status == "404" and method == "GET" else "x")
     errors = {"500": RuntimeError("x"), "503": RepositoryUnavailableError("the disk is full")}
-    options = {"repository": Guarded(**dict.fromkeys(ASKED, errors[status]))} if status in errors else {}
-    data = raw("DELETE" if status == "405" else method, path, b"" if status == "400" else body, KEY_LINE)
-    with service(api_keys=KEYS if status == "401" else {}, **options) as server:
+    repository = Guarded()
+    repository.errors = dict.fromkeys(ASKED, errors[status]) if status in errors else {}
+    data = raw("PUT" if status == "405" else method, path, b"" if status == "400" else body, KEY_LINE)
+    if status == "403":
+        data = data.replace(b"Host: x", b"Host: x\r\nOrigin: http://evil.example")
+    with service(repository=repository, api_keys=KEYS if status == "401" else {}) as server:
         if status == "422":
             exchange(server, post("another", KEY_LINE))
+        if method == "DELETE" and status in ("200", "409"):
+            path = f"/sms/{accept(server)}"
+            data = raw(method, path)
+            if status == "409":
+                server.proxy.stop(HANG)
         if status == "500" and path in ("/", "/openapi.json"):
-            server.files = {}
+            server.api.files = {}
+        if status in errors and path == "/livez":
+            found = {"500": 1, "503": ["smsproxy-updater-1"]}[status]  # 1 is no list
+            patch.setattr(server.proxy, "dead_threads", lambda: found)
         return exchange(server, data)
 
 
-def test_every_response_of_this_interface_is_described_as_it_is(description: Description) -> None:
+def test_every_response_of_this_interface_is_described_as_it_is(
+    description: Description, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for path, method, operation in description.operations():
-        by_http = {"408", "411", "413", "431", "default", "400" if method == "GET" else ""}
+        by_http = {"408", "411", "413", "431", "default", "400" if method != "POST" else ""}
         body = None
         if "requestBody" in operation:
             content = description.resolve(operation["requestBody"])["content"]["application/json"]
             body = json.dumps(content["example"]).encode()
         for status in operation["responses"].keys() - by_http:
-            response = provoked(status, path, method, body)
+            response = provoked(monkeypatch, status, path, method, body)
             assert (method, path, str(response[0])) == (method, path, status)
             description.check_response(operation["responses"][status], response)
 
 
-def test_the_paths_the_methods_and_what_needs_a_key_are_described(description: Description, guarded: SmsServer) -> None:
+def test_the_paths_the_methods_and_what_needs_a_key_are_described(
+    description: Description, guarded: RestServer
+) -> None:
     described: dict[str, str] = {}
     for path, method, operation in description.operations():
         described[path] = f"{described.get(path, '')} {method}".strip()
         status = request(guarded, method, path.replace("{id}", "x"), b"{}" if method == "POST" else None)[0]
         assert (path, method, status == 401) == (path, method, bool(operation.get("security")))
-    assert (description.document["openapi"], description.document["info"]["version"]) == ("3.1.0", command_line.__version__)
+    assert description.document["openapi"] == "3.1.0"
+    assert description.document["info"]["version"] == command_line.__version__
     assert described == {path.replace("some-id", "{id}"): methods for path, methods in PATHS.items()}
 
 
-def test_the_limits_of_a_message_are_described_as_they_are(description: Description, idle: SmsServer) -> None:
+def test_the_limits_of_a_message_are_described_as_they_are(description: Description, idle: RestServer) -> None:
     schemas = description.document["components"]["schemas"]
     for name, character in (("PhoneNumber", "1"), ("Content", "x")):
         least, most = (schemas["Message"]["properties"][name][limit] for limit in ("minLength", "maxLength"))

@@ -258,7 +258,7 @@ def test_a_message_that_is_too_old_fails_on_time_while_the_provider_is_away() ->
 
 def test_what_the_repository_says_of_itself_is_in_the_health() -> None:
     clock, full = Clock(), Deadly("check", RepositoryUnavailableError("disk full"))
-    assert SmsProxy(Recorder(), repository=full).health() == (["disk full"], [])
+    assert SmsProxy(Recorder(), repository=full).health() == (["the database cannot be written"], [])
     config = SmsProxyConfig(batch_size=1, max_pending=1)
     proxy = SmsProxy(Recorder(), config, repository=InMemoryRepository(clock=clock))
     proxy.send(HELLO)
