@@ -18,12 +18,18 @@ PRODUCT = {**MODULES, **POSTGRES}
 # What each module may import from the house: what it does import, so a row changes only on purpose.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "__main__": ("main",),
-    "main": ("command_line", "fastsmsing", "http_front", "process_control", "restapi", "smsproxy", "sqlite_repository"),
+    "main": (
+        "command_line", "fastsmsing", "http_front", "http_protocol", "process_control", "restapi", "smsproxy",
+        "sqlite_repository",
+    ),
     "command_line": ("fastsmsing", "smsproxy"),
     "process_control": (),
     # HTTP
-    "restapi": ("http_front", "smsproxy"),
-    "http_front": (),
+    "restapi": ("http_connection", "http_protocol", "request_decoding", "smsproxy"),
+    "request_decoding": ("http_protocol", "smsproxy"),
+    "http_front": ("http_connection", "http_protocol"),
+    "http_connection": ("http_protocol",),
+    "http_protocol": (),
     # the domain
     "smsproxy": (
         "base_repository", "batch_scheduler", "batching_client", "client_statistics", "fastsmsing",
@@ -74,7 +80,7 @@ SETTING_SIGNALS = ("signal.signal", "signal.set_wakeup_fd", "signal.pthread_sigm
 ASKS = {"postgres/tests/cluster.py"}  # it waits for what another process does, which can only be asked for
 LIMITS = {"module": 300, "class": 200, "function": 40}  # lines of code, without blank ones, comments and docstrings
 # What is still larger, with its lines at the most; each is to be split, and leaves this table then.
-TOO_LARGE = {"http_front": 601}
+TOO_LARGE: dict[str, int] = {}
 
 
 @cache
