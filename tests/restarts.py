@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -111,7 +112,7 @@ def nginx_files(directory: Path, upstream: int, port: int, place: Path = PLACE, 
     conf = directory / "conf.d"
     conf.mkdir()
     for file, text in texts.items():
-        (conf / file.name).write_text(text)
+        (conf / f"{file.stem}.conf").write_text(text)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     paths = " ".join(f"{kind}_temp_path {directory}/{kind};" for kind in kinds)
     user = "user root;" if os.geteuid() == 0 else ""
@@ -245,7 +246,7 @@ def _outbox(file: Path) -> set[str]:
     from sqlite_repository import SqliteRepository
 
     with contextlib.closing(SqliteRepository(str(file))) as repository:
-        batch = repository.claim(sys.maxsize, 0.0).batch if repository.backlog() else None
+        batch = repository.claim(sys.maxsize, math.inf, flush=True).batch
     return {entry.message.message_id for entry in batch.entries} if batch else set()
 
 

@@ -355,7 +355,10 @@ def test_nginx_does_not_repeat_a_post_that_it_has_sent(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=die, args=(listener,), daemon=True)
         thread.start()
-        with restarts.nginx(tmp_path, listener.getsockname()[1]) as port:
+        upstream, place = listener.getsockname()[1], tmp_path / "nginx.conf.of.two"
+        one = "    server 127.0.0.1:8080;\n"  # to nginx these are two, of which it could try the second
+        place.write_text((DEPLOY / "nginx.conf").read_text().replace(one, f"{one}    server 127.0.0.1:{upstream};\n"))
+        with restarts.nginx(tmp_path, upstream, place) as port:
             status, _ = fetch(port, "POST", "/sms", MESSAGE)
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(HANG)

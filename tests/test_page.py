@@ -108,8 +108,9 @@ def send_by_keyboard(tab: Tab, *fields: str) -> None:
 def test_a_message_sent_through_the_form_is_followed_to_its_delivery_and_moves_the_figures(open_page: OpenPage) -> None:
     with SmsProxy(InMemoryClient(), AT_ONCE) as proxy, serving(proxy) as server:
         tab = open_page(server)
-        tab.wait_text("state", "Warning")  # the stand-in sends nothing to anybody
+        tab.wait_text("state", "Warning")  # after the figures
         assert (tab.text("accepted"), tab.text("delivered")) == ("0", "0")
+        assert (tab.text("notices"), tab.shows("stand-in")) == ("", True)
         assert tab.text("pace") == "No request has been made yet"
         send_by_keyboard(tab, NUMBER, "Your parcel is here")
         tab.wait_text("test-status", "DELIVERED")
@@ -121,20 +122,17 @@ def test_a_message_sent_through_the_form_is_followed_to_its_delivery_and_moves_t
         assert tab.complaints() == []
 
 
-def test_the_form_sends_the_fields_that_are_filled_in(idle: Tab) -> None:
-    idle.evaluate("""window.fetch = (path, { body }) => {
-        document.title = body || document.title;
-        return new Promise(() => {});
-    }""")
-    try:
-        send_by_keyboard(idle, NUMBER, "Hi", " 2.5 ", "600")
-        idle.wait("document.title.startsWith('{')")
-        assert idle.evaluate("JSON.parse(document.title)") == {
-            "PhoneNumber": NUMBER, "Content": "Hi", "MaxDelay": 2.5, "MaxAge": 600,
-        }  # fmt: skip
-    finally:
-        idle.evaluate("location.reload()")
-        idle.wait_text("state", "OK")
+def test_the_form_sends_the_fields_that_are_filled_in(open_page: OpenPage) -> None:
+    with serving(SmsProxy(Recorder())) as server:
+        tab = open_page(server)
+        tab.evaluate("""window.fetch = (path, { body }) => {
+            document.title = body || document.title;
+            return new Promise(() => {});
+        }""")
+        send_by_keyboard(tab, NUMBER, "Hi", " 2.5 ", "600")
+        tab.wait("document.title.startsWith('{')")
+        sent = tab.evaluate("JSON.parse(document.title)")
+    assert sent == {"PhoneNumber": NUMBER, "Content": "Hi", "MaxDelay": 2.5, "MaxAge": 600}
 
 
 def test_the_requests_saved_are_the_headline(open_page: OpenPage) -> None:
@@ -318,6 +316,7 @@ def test_the_stand_in_has_a_banner_and_no_message_is_said_to_be_billed_or_to_arr
     assert not tab.shows("stand-in")
     assert tab.text("cost") == "This is a real message: FastSMSing delivers it and bills the request."
     tab = canned({**FIGURES, "smsproxy_provider_stand_in": 1}, {"Status": "OK", "Warnings": ["a stand-in", "another"]})
+    assert tab.shows("stand-in")
     assert tab.text("stand-in").endswith("nothing is sent to anybody.")
     assert (tab.text("state"), tab.text("notices")) == ("Warning", "another")  # what the banner says is not said twice
     assert tab.text("cost") == "The provider is a stand-in: this message goes to nobody."
