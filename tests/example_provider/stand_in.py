@@ -16,7 +16,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -96,7 +95,6 @@ class StandIn(ThreadingHTTPServer):
         self.rejected: list[list[str]] = []
         self.messages: dict[str, dict[str, str]] = {}  # by ID, as processed
         self.headers: list[Mapping[str, str]] = []
-        self.too_early: list[list[str]] = []  # batches that came again before their Retry-After was over
         self.cursors: list[str] = []  # of every poll
         self.failures = 0  # requests that a fault spoiled
         self.connections = 0
@@ -106,7 +104,6 @@ class StandIn(ThreadingHTTPServer):
         self._poll_faults = itertools.chain(poll_faults, itertools.repeat(OK))
         self._rng, self._seed, self._latency = random.Random(seed), seed, latency
         self._reports: list[dict[str, str]] = []
-        self._not_before: dict[tuple[str, ...], float] = {}
         self._changed = threading.Condition()  # guards everything above, and says that it changed
         self._sockets: set[socket.socket] = set()
         self._stopping = threading.Event()
@@ -150,8 +147,6 @@ class StandIn(ThreadingHTTPServer):
         with self._changed:
             self.requests.append(ids)
             self.headers.append(headers)
-            if time.monotonic() < self._not_before.pop(tuple(ids), 0.0):
-                self.too_early.append(ids)
             fault = next(self._faults)
             if any(message["To"].startswith("0") and not message["To"].startswith("00") for message in batch):
                 fault = replace(fault, processed=False)
@@ -160,8 +155,6 @@ class StandIn(ThreadingHTTPServer):
                     self.rejected.append(ids)
             if fault.how in (RESET, STALL) or fault.status > 400:
                 self.failures += 1
-            if (wait := fault.headers.get("Retry-After", "")).isdecimal():  # and a little less: clocks are coarse
-                self._not_before[tuple(ids)] = time.monotonic() + 0.9 * float(wait)
             if fault.processed:
                 taken = [message for message in batch if not message["To"].startswith("00")]
                 self._process(taken, [message["ID"] for message in taken], fault)
