@@ -1,15 +1,17 @@
-"""Which messages of an outbox in SQLite are claimed, and which come next. None of it is in the file: a start claims nothing.
+"""Which messages of an outbox in SQLite are claimed, and which come next. The file knows nothing of it.
 
-The outbox is in order of (due, place). A message that is there, and not claimed, is in one of two sets:
+The outbox is in order of (due, place). A message that is there, and is not claimed, is in one of two sets:
 
-- `_front`, a sorted list, or
+- it is in `_front`, a sorted list, or
 - it comes after `_cursor`, and is read from the file when the front has too few.
 
-Nothing in the front comes after the cursor. Three events keep this so. A commit publishes what it saved: what comes before
-the cursor goes into the front. A release does the same. A look reads on from the cursor, and moves it. When it finds the end
-of the outbox, the cursor comes after all that can be, and nothing is read until the front gets too long for memory.
+Nothing in the front comes after the cursor. Three events keep this so. A commit publishes what it saved, and what
+does not come after the cursor goes into the front. A release does the same. A look reads on from the cursor, which
+moves. When it finds the end of the outbox, the cursor comes after all that can be, and nothing is read until the front
+gets too long for the memory.
 
-A look may read what is committed and not yet published. It passes this over: when it is published, it is before the cursor.
+A look may read what is committed and not yet published. It passes this over: the cursor is then past it, so publishing
+puts it into the front.
 """
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ class OutboxClaims:
         return self._backlog
 
     def publish(self, saved: Sequence[Key], left: Sequence[int], leaving: int) -> None:
-        """A commit put these messages into the outbox, in order of their places, and took so many of those at `left` out."""
+        """A commit put these into the outbox, in order of their places, and took so many of those at `left` out."""
         with self._lock:
             if saved:
                 self._published = int(saved[-1][1])
@@ -62,7 +64,9 @@ class OutboxClaims:
             if gone and self._front:
                 self._front = [key for key in self._front if key[1] not in gone]
 
-    def take(self, db: sqlite3.Connection, size: int, now: float, horizon: float, flush: bool) -> tuple[list[Key], Claim]:
+    def take(
+        self, db: sqlite3.Connection, size: int, now: float, horizon: float, flush: bool
+    ) -> tuple[list[Key], Claim]:
         """Claims the first messages, if a batch leaves now; else the claim tells when one will."""
         with self._lock:
             self._read_on(db, min(size, sys.maxsize))

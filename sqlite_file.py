@@ -17,11 +17,13 @@ log = logging.getLogger("smsproxy.sqlite")
 
 APPLICATION_ID = 0x534D5350  # "SMSP": tells our files from others (SQLite manual, PRAGMA application_id)
 BUSY_TIMEOUT = 5.0  # seconds to wait while someone else, say a backup, holds the file's lock
-# Bytes of the write-ahead log. SQLite begins to use it again from its start at 4 MB, unless someone reads an older state.
+# Bytes of the write-ahead log. At 4 MB SQLite begins to use it again from its start, unless someone reads an old state.
 LOG_LIMIT = 8 * 2**20
 LOG_REST = 1_000  # pages of the log that may still have to be copied while writers wait: some milliseconds
 # What is meant to be a database elsewhere; as a file it would get an odd name, which may hold a password.
-NO_FILE = re.compile(r"[a-z][a-z0-9+.-]+://|(.*\s)?(host|hostaddr|port|dbname|user|password|service)\s*=", re.IGNORECASE)
+NO_FILE = re.compile(
+    r"[a-z][a-z0-9+.-]+://|(.*\s)?(host|hostaddr|port|dbname|user|password|service)\s*=", re.IGNORECASE
+)
 # Each script leads from the schema version that is its index to the next one.
 MIGRATIONS = (
     """
@@ -82,7 +84,7 @@ def check_file(path: str) -> None:
             return
         if not os.access(path, os.R_OK | os.W_OK):
             raise RepositoryUnavailableError(f"{path}: cannot be read and written")
-        # Whoever closes a file last moves its log into it, unless he may not write. Without a log nothing at all is made.
+        # Whoever closes a file last moves its log into it, but for a connection that may not write.
         mode = "mode=ro" if os.path.exists(path + "-wal") else "immutable=1"
         with contextlib.closing(_connect(f"file:{_quoted(path)}?{mode}", uri=True)) as db:
             _version(path, db)
@@ -145,7 +147,7 @@ class SqliteFile:
         return _size(self.path + "-wal") > LOG_LIMIT
 
     def copy_log(self) -> bool:
-        """Copies the log into the database, as far as readers permit; false if much is left. Writers go on meanwhile."""
+        """Copies the log into the database, as far as readers permit; false if much is left. Writers go on."""
         with self.reader() as db:
             _, pages, copied = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         return bool(pages - copied <= LOG_REST)
@@ -204,7 +206,8 @@ def _quoted(path: str) -> str:
     return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
 
 
-def _connect(path: str, timeout: float = BUSY_TIMEOUT, *, uri: bool = False) -> sqlite3.Connection:
+def _connect(path: str, *, waits: bool = True, uri: bool = False) -> sqlite3.Connection:
+    timeout = BUSY_TIMEOUT if waits else 0.0
     return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False, uri=uri)
 
 
@@ -223,7 +226,7 @@ def _create_private(path: str) -> None:
 def _lock(path: str) -> sqlite3.Connection:
     """Keeps other processes away for as long as this one lives, by SQLite's own lock on a file beside ours."""
     _create_private(path + ".lock")
-    lock = _connect(path + ".lock", timeout=0)
+    lock = _connect(path + ".lock", waits=False)
     try:
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:

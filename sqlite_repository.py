@@ -16,7 +16,13 @@ from base_repository import RETENTION, Ages, Claim, Repository
 from group_commit import GroupCommit
 from incident_log import Incident
 from message_model import (
-    Batch, Entry, MessageStatus, Reason, RepositoryUnavailableError, SmsProxyError, UnknownMessageError,
+    Batch,
+    Entry,
+    MessageStatus,
+    Reason,
+    RepositoryUnavailableError,
+    SmsProxyError,
+    UnknownMessageError,
 )  # fmt: skip
 from sqlite_file import SqliteFile, check_file, opening
 from sqlite_tables import FIRST, FIRST_EXPIRY, EpochClock, Tables, entries_at, storable

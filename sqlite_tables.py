@@ -12,7 +12,14 @@ from typing import Any
 from base_repository import EXPIRE_STEP, FORGET_STEP
 from fastsmsing import Message
 from message_model import (
-    STATUS_OF, TRANSITIONS, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, SmsProxyError,
+    STATUS_OF,
+    TRANSITIONS,
+    DuplicateMessageError,
+    Entry,
+    MessageStatus,
+    OverloadedError,
+    Reason,
+    SmsProxyError,
     check_transition,
 )  # fmt: skip
 from sqlite_claims import Key, OutboxClaims
@@ -77,7 +84,7 @@ class EpochClock:
         self.monotonic = clock
         # Time goes on where the file left it when the wall clock was set back meanwhile: otherwise its messages would
         # wait until they are as old as the clock thinks.
-        self.epoch = max(wall_clock(), db.execute(LAST_TIME).fetchone()[0]) - clock()
+        self.epoch: float = max(wall_clock(), db.execute(LAST_TIME).fetchone()[0]) - clock()
 
     def now(self) -> float:
         """Seconds since 1970. A jump of the wall clock changes nothing here."""
@@ -103,9 +110,9 @@ class Tables:
     def __init__(self, db: sqlite3.Connection, clock: EpochClock, retention: float) -> None:
         self._db, self._clock, self._retention = db, clock, retention
         self._slice = min(1.0, retention / 1000) or 1.0  # times of changes are rounded up to it: the index moves less
-        backlog, last = db.execute("SELECT count(*), coalesce(max(place), 0) FROM outbox").fetchone()
-        self.claims = OutboxClaims(backlog, last)
-        self._last_place = last
+        backlog = db.execute("SELECT count(*) FROM outbox").fetchone()[0]  # by itself, SQLite counts pages
+        self._last_place: int = db.execute("SELECT coalesce(max(place), 0) FROM outbox").fetchone()[0]
+        self.claims = OutboxClaims(backlog, self._last_place)
         self._change = _Change()
 
     def status(self, db: sqlite3.Connection, message_id: str) -> tuple[MessageStatus, Reason | None]:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import HANG, Child
-from smsproxy import MessageStatus
+from helpers import Child
+from message_model import MessageStatus
+from providers import HANG
 from sqlite_repository import SqliteRepository
 
 CALLERS = 8
@@ -110,7 +111,7 @@ def left(directory: Path, scratch: Path) -> set[str]:
         if (directory / f"sms.db{suffix}").exists():
             shutil.copy(directory / f"sms.db{suffix}", scratch / f"sms.db{suffix}")
     with contextlib.closing(SqliteRepository(str(scratch / "sms.db"))) as repository:
-        batch = repository.claim(1_000_000, 0.0).batch
+        batch = repository.claim(1_000_000, 0.0, flush=True).batch
         return set(batch.ids) if batch else set()
 
 

@@ -1,60 +1,512 @@
-"""The durable repository: what it adds to the contract of `test_repositories.py`.
-
-The writer is held by a clock that it reads in the middle of a transaction, or by the lock of another connection. What
-the file holds is read by other connections, from copies, as a crash would leave them, or byte by byte.
-"""
+"""The repository in a file: the contract, a restart, what the file holds at each moment, trouble, and races."""
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
+import math
+import random
 import re
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from base_repository import look
 from fastsmsing import Message
-from helpers import HANG, Clock, every_thread_ends
-from smsproxy import Batch, DuplicateMessageError, Entry, MessageStatus, Reason, RepositoryUnavailableError
-from sqlite_repository import SqliteRepository, check_file
+from helpers import Clock, every_thread_ends
+from message_model import (
+    Batch,
+    DuplicateMessageError,
+    Entry,
+    MessageStatus,
+    Reason,
+    RepositoryUnavailableError,
+)
+from providers import HANG
+from repository_contract import RETENTION, RepositoryContract, entries, entry, name
+from sqlite_claims import OutboxClaims
+from sqlite_repository import SqliteRepository
+from sqlite_tables import Tables, entries_at
 
 __all__ = ["every_thread_ends"]  # a fixture
 
 ACCEPTED, NOT_FOUND, CONFIRMED, FAILED, DELIVERED = MessageStatus
-OURS = f"PRAGMA application_id = {0x534D5350}; PRAGMA user_version = "
 
 
-def entries(*ids: str, text: str = "Your parcel is here") -> list[Entry]:
-    """Entries with these IDs; the fingerprint of each tells its place."""
-    return [Entry(Message("48123456789", text, each), f"{place}".encode()) for place, each in enumerate(ids)]
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "sms.db"
 
 
-def claimed(repository: SqliteRepository, size: int = 10_000) -> Batch:
-    """Up to so many of the oldest messages."""
-    return repository.claim(size, 0.0).batch or Batch(())
-
-
-def ids(repository: SqliteRepository) -> list[str]:
-    """What can be claimed, in order; it stays in the outbox."""
-    batch = claimed(repository)
-    repository.release(batch)
-    return batch.ids
-
-
-def kinds(errors: Iterable[object]) -> list[type]:
-    return [type(error) for error in errors]
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 @contextlib.contextmanager
 def opened(path: Path, *args: Any, **options: Any) -> Iterator[SqliteRepository]:
     with contextlib.closing(SqliteRepository(str(path), *args, **options)) as repository:
         yield repository
+
+
+@pytest.fixture(name="repository")
+def open_repository(path: Path, clock: Clock) -> Iterator[SqliteRepository]:
+    with opened(path, RETENTION, clock=clock, wall_clock=lambda: 1.8e9 + clock()) as repository:
+        yield repository
+
+
+def all_due(repository: SqliteRepository) -> Batch:
+    """Claims what waits, all of it."""
+    return repository.claim(10_000, math.inf, flush=True).batch or Batch(())
+
+
+def numbers(batch: Batch | None) -> list[int]:
+    return [] if batch is None else [int(each[-12:], 16) for each in batch.ids]
+
+
+def waiting(repository: SqliteRepository) -> list[int]:
+    """What waits, in order; it stays where it is."""
+    batch = all_due(repository)
+    repository.release(batch)
+    return numbers(batch)
+
+
+def run(path: Path, statement: str) -> list[Any]:
+    """What an SQL statement finds in the file, by a connection of its own."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        return db.execute(statement).fetchall()
+
+
+class TestContract(RepositoryContract):
+    @pytest.fixture
+    def repository(self, path: Path, clock: Clock) -> Iterator[SqliteRepository]:
+        with opened(path, RETENTION, clock=clock, wall_clock=lambda: 1.8e9 + clock()) as repository:
+            yield repository
+
+    @pytest.fixture
+    def age(self, clock: Clock) -> Callable[[float], None]:
+        return clock.advance
+
+    def test_it_blocks_and_outlives_the_process(self, repository: SqliteRepository) -> None:
+        assert (repository.blocking, repository.durable, repository.poll) == (True, True, None)
+        assert repository.size() > 0
+
+    def test_messages_are_forgotten_a_few_at_a_time_and_leave_nothing_behind(
+        self, repository: SqliteRepository, path: Path, clock: Clock
+    ) -> None:
+        repository.save_all(entries(range(3_000)))
+        repository.update_all({name(number): DELIVERED for number in range(3_000)})
+        clock.advance(RETENTION * 1.02)
+        calls = 0
+        while repository.forget() == 0.0:
+            calls += 1
+        assert 4 <= calls <= 20
+        assert run(path, "SELECT (SELECT count(*) FROM message), (SELECT count(*) FROM outbox)") == [(0, 0)]
+
+    def test_a_retention_of_0_keeps_messages_for_ever(self, tmp_path: Path, clock: Clock) -> None:
+        with opened(tmp_path / "kept.db", 0.0, clock=clock) as repository:
+            repository.save(name(1))
+            clock.advance(1e9)
+            assert (repository.forget(), repository.get(name(1))) == (None, ACCEPTED)
+
+    def test_a_remembered_message_takes_little_room(self, repository: SqliteRepository) -> None:
+        for start in range(0, 5_000, 500):
+            repository.save_all(entries(range(start, start + 500)))
+            batch = repository.claim(500, 0.0).batch or Batch(())
+            repository.handed_over(batch)
+            repository.update_all(dict.fromkeys(batch.ids, DELIVERED))
+        assert repository.size() / 5_000 < 2_000
+
+
+# A restart
+
+
+def test_a_restart_keeps_statuses_reasons_and_fingerprints(path: Path) -> None:
+    updates: dict[int, MessageStatus | Reason] = {
+        1: CONFIRMED, 2: FAILED, 3: DELIVERED, 4: Reason.ATTEMPTS, 5: Reason.EXPIRED, 6: Reason.CANCELLED
+    }  # fmt: skip
+    with opened(path) as repository:
+        repository.save_all([entry(number, fingerprint=b"%d" % number) for number in range(8)])
+        repository.update_all({name(number): update for number, update in updates.items()})
+    with opened(path) as repository:
+        assert [(repository.get(name(number)), repository.reason(name(number))) for number in range(9)] == [
+            (ACCEPTED, None), (CONFIRMED, None), (FAILED, None), (DELIVERED, None), (FAILED, Reason.ATTEMPTS),
+            (FAILED, Reason.EXPIRED), (FAILED, Reason.CANCELLED), (ACCEPTED, None), (NOT_FOUND, None)]  # fmt: skip
+        errors = repository.save_all([entry(0), entry(1), entry(9)])
+        assert [getattr(error, "fingerprint", None) for error in errors] == [b"0", b"1", None]
+
+
+def test_a_restart_keeps_the_outbox_in_order_of_due_and_frees_what_was_claimed(path: Path) -> None:
+    with opened(path) as repository:
+        repository.save_all([entry(1, linger=900.0), entry(2), entry(3, linger=60.0), entry(4, linger=60.0)])
+        assert numbers(repository.claim(2, 0.0).batch) == [2, 3]
+    with opened(path) as repository:
+        assert (waiting(repository), repository.backlog()) == ([2, 3, 4, 1], 4)
+        repository.handed_over(repository.claim(2, 0.0).batch or Batch(()))
+    with opened(path) as repository:
+        repository.save_all([entry(5)])
+        assert waiting(repository) == [5, 4, 1]
+
+
+def test_a_restart_keeps_the_times_of_a_message(path: Path) -> None:
+    wall, before, after = Clock(1.8e9), Clock(1_000.0), Clock(3.0)  # the second process counts from its own start
+    with opened(path, wall_clock=wall, clock=before) as repository:
+        repository.save_all([entry(1, linger=50.0, default=True, max_age=300.0), entry(2, linger=math.inf)])
+    wall.advance(20.0)
+    with opened(path, wall_clock=wall, clock=after) as repository:
+        assert repository.claim(9, 0.0).due_in == pytest.approx(30.0)
+        assert repository.expire()[1] == pytest.approx(280.0)
+        after.advance(30.0)
+        patient, default = reversed((repository.claim(9, 0.0).batch or Batch(())).entries)
+    assert (default.linger, default.default_linger, default.max_age) == (50.0, True, 300.0)
+    assert [default.accepted_at, default.due, default.expires_at] == pytest.approx([-17.0, 33.0, 283.0])
+    assert (patient.linger, patient.default_linger, patient.max_age) == (math.inf, False, math.inf)
+    assert (patient.due, patient.expires_at) == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("passed", "due_in"), [(0.0, 5.0), (3.0, 2.0), (6.0, 0.0), (-1e6, 5.0)])
+def test_a_message_lingers_for_the_rest_of_its_time_and_never_for_longer(
+    path: Path, passed: float, due_in: float
+) -> None:
+    """Also when the wall clock was set back meanwhile."""
+    wall, clock = Clock(1.8e9), Clock()
+    with opened(path, wall_clock=wall, clock=clock) as repository:
+        repository.save_all([entry(1, linger=5.0)])
+    wall.advance(passed)
+    with opened(path, wall_clock=wall, clock=clock) as repository:
+        if due_in:
+            assert repository.claim(9, 0.0).due_in == pytest.approx(due_in)
+            clock.advance(due_in)
+        assert numbers(repository.claim(9, 0.0).batch) == [1]
+
+
+def test_a_start_with_a_shorter_default_brings_forward_what_lingers_by_default(path: Path) -> None:
+    wall, clock = Clock(1.8e9), Clock()
+    with opened(path, wall_clock=wall, clock=clock) as repository:
+        repository.save_all([entry(1, linger=600.0, default=True), entry(2, linger=300.0)])
+        repository.save_all([entry(3, linger=math.inf, default=True), entry(4, linger=600.0)])
+    wall.advance(10.0)
+    with opened(path, wall_clock=wall, clock=clock) as repository:
+        repository.hasten(60.0)
+        assert repository.claim(9, 0.0).due_in == pytest.approx(50.0)
+        assert waiting(repository) == [1, 3, 2, 4]
+        repository.hasten(900.0)
+        assert repository.claim(9, 0.0).due_in == pytest.approx(50.0), "a longer one puts nothing off"
+
+
+def test_what_is_claimed_as_the_default_changes_can_still_be_released(repository: SqliteRepository) -> None:
+    repository.save_all([entry(number, linger=600.0, default=True) for number in range(4)])
+    batch = repository.claim(2, math.inf).batch or Batch(())
+    repository.hasten(60.0)
+    assert waiting(repository) == [2, 3]
+    repository.release(batch)
+    assert waiting(repository) == [0, 1, 2, 3]
+    assert repository.claim(9, 0.0).due_in == pytest.approx(60.0)
+
+
+def test_a_start_and_a_claim_read_no_more_than_a_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path) as repository:
+        repository.save_all(entries(range(30_000)))
+    connect, steps = sqlite3.connect, []
+
+    def counted(*args: Any, **options: Any) -> sqlite3.Connection:
+        db: sqlite3.Connection = connect(*args, **options)
+        db.set_progress_handler(lambda: steps.append(1), 100)  # called every 100 steps of SQLite's machine
+        return db
+
+    monkeypatch.setattr(sqlite3, "connect", counted)
+    with opened(path) as repository:
+        assert numbers(repository.claim(100, 5.0).batch) == list(range(100))
+        assert repository.backlog() == 30_000
+    assert len(steps) < 100, "more than 10,000 steps: it went through the outbox"
+
+
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_a_jump_of_the_wall_clock_changes_nothing_in_a_running_process(path: Path, jump: float) -> None:
+    clock, wall = Clock(), Clock(1.8e9)
+    with opened(path, 60.0, clock=clock, wall_clock=wall) as repository:
+        repository.save_all([entry(1), entry(2, linger=5.0, max_age=50.0)])
+        repository.handed_over(repository.claim(1, 0.0).batch or Batch(()))
+        wall.advance(jump)
+        assert (repository.forget(), repository.get(name(1))) == (60.0, ACCEPTED)
+        assert (repository.ages(), repository.expire()) == ((0.0, 0.0), ([], 50.0))
+        repository.save_all([entry(3, linger=6.0)])
+        clock.advance(4.0)
+        assert repository.claim(9, 0.0).due_in == pytest.approx(1.0)
+        clock.advance(1.0)
+        assert numbers(repository.claim(9, 0.0).batch) == [2, 3]
+
+
+def test_time_passes_while_it_is_closed_and_the_retention_of_this_run_counts(path: Path) -> None:
+    wall = Clock(1.8e9)
+    for retention, seconds, expected in ((0.0, 65.0, DELIVERED), (120.0, 0.0, DELIVERED), (60.0, 0.0, NOT_FOUND)):
+        with opened(path, retention, wall_clock=wall) as repository:
+            if not retention:
+                repository.save(name(1))
+                repository.update(name(1), DELIVERED)
+            repository.forget()
+            assert repository.get(name(1)) == expected
+        wall.advance(seconds)
+
+
+# Order, against a model
+
+
+class Model:
+    """A sorted list of what the outbox should hold."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[float, int, Entry]] = []  # due, number, entry
+        self.batches: list[list[tuple[float, int, Entry]]] = []
+
+    def claim(self, now: float, size: int, horizon: float, flush: bool) -> tuple[Any, ...]:
+        """What a claim should find: the batch, what waits then, and the figures."""
+        self.waits.sort(key=lambda each: each[:2])
+        first = self.waits[:size]
+        found = look([due for due, _, _ in first], now, size, horizon, len(self.waits), flush)
+        if found is not None:
+            return [], found.waiting, found.due_in, found.full_in, found.near
+        self.waits = self.waits[size:]
+        self.batches.append(first)
+        return [number for _, number, _ in first], len(self.waits)
+
+
+class Play:
+    """Random calls of a repository, each compared with the model. Times are whole seconds, so that sums are exact."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self._path, self._rng, self._clock, self._model = path, random.Random(seed), Clock(), Model()
+        self._numbers = itertools.count()
+        self.repository = self._open()
+
+    def _open(self) -> SqliteRepository:
+        clock = self._clock
+        repository = SqliteRepository(str(self._path), clock=clock, wall_clock=lambda: 1.8e9 + clock())
+        repository._file.writer.execute("PRAGMA synchronous = OFF")  # nothing here is about the disk
+        return repository
+
+    def step(self) -> None:
+        """Calls something, mostly `save_all` and `claim`."""
+        settling = [self.release, self.hand_over, self.report, self.cancel, self.expire]
+        self._rng.choice([self.save, self.claim, self.wait] * 12 + settling * 4 + [self.restart, self.hasten])()
+        model = self._model
+        assert self.repository.backlog() == len(model.waits) + sum(map(len, model.batches))
+
+    def save(self) -> None:
+        rng = self._rng
+        lingers = rng.choice([[5.0], [0.0, 1.0, 60.0, 3600.0, math.inf]])
+        for _ in range(rng.randint(1, 3)):
+            new = [entry(next(self._numbers), linger=rng.choice(lingers), default=rng.random() < 0.3,
+                         max_age=rng.choice([math.inf, 30.0])) for _ in range(rng.randint(1, 6))]  # fmt: skip
+            assert self.repository.save_all(new) == [None] * len(new)
+            self._model.waits += [(self._clock() + each.linger, numbers(Batch((each,)))[0], each) for each in new]
+
+    def claim(self) -> None:
+        size, horizon = self._rng.choice([1, 3, 10]), self._rng.choice([0.0, 5.0, 100.0, math.inf])
+        flush = self._rng.random() < 0.1
+        claim = self.repository.claim(size, horizon, flush=flush)
+        found: tuple[Any, ...] = numbers(claim.batch), claim.waiting
+        if claim.batch is None:
+            found += claim.due_in, claim.full_in, claim.near
+        assert found == self._model.claim(self._clock(), size, horizon, flush)
+
+    def wait(self) -> None:
+        self._clock.advance(self._rng.choice([1.0, 10.0, 100.0]))
+
+    def release(self) -> None:
+        chosen, part = self._part_of_a_batch()
+        self.repository.release(chosen)
+        self._model.waits += part
+
+    def hand_over(self) -> None:
+        self.repository.handed_over(self._part_of_a_batch()[0])
+
+    def report(self) -> None:
+        chosen, _ = self._part_of_a_batch()
+        assert self.repository.update_all(dict.fromkeys(chosen.ids, DELIVERED)) == {}
+        assert numbers(self.repository.unsent(chosen)) == []
+
+    def cancel(self) -> None:
+        model = self._model
+        assert not any(self.repository.cancel(name(number)) for batch in model.batches for _, number, _ in batch)
+        if model.waits:
+            chosen = model.waits.pop(self._rng.randrange(len(model.waits)))
+            assert self.repository.cancel(name(chosen[1]))
+
+    def expire(self) -> None:
+        model = self._model
+        late = [each for each in model.waits if each[2].accepted_at + each[2].max_age <= self._clock()]
+        model.waits = [each for each in model.waits if each not in late]
+        assert sorted(self.repository.expire()[0]) == sorted(name(number) for _, number, _ in late)
+
+    def restart(self) -> None:
+        self.repository.close()
+        self.repository = self._open()
+        self._model.waits += itertools.chain(*self._model.batches)
+        self._model.batches = []
+
+    def hasten(self) -> None:
+        self.restart()
+        self.repository.hasten(20.0)
+        self._model.waits = [
+            (min(due, each.accepted_at + 20.0) if each.default_linger else due, number, each)
+            for due, number, each in self._model.waits
+        ]
+
+    def _part_of_a_batch(self) -> tuple[Batch, list[tuple[float, int, Entry]]]:
+        batches, rng = self._model.batches, self._rng
+        batch = batches.pop(rng.randrange(len(batches))) if batches else []
+        part = [each for each in batch if rng.random() < 0.7]
+        batches.append([each for each in batch if each not in part])
+        return Batch(tuple(each for _, _, each in part)), part
+
+
+@pytest.mark.parametrize("front", [4, 20, 10_000])
+def test_random_calls_find_what_a_sorted_list_would(
+    tmp_path: Path, front: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqlite_claims.LONGEST_FRONT", front)
+    for seed in range(60):
+        play = Play(tmp_path / f"{seed}.db", seed)
+        try:
+            for _ in range(60):
+                play.step()
+        finally:
+            play.repository.close()
+
+
+# Races
+
+
+class Gate:
+    """Stands before or behind a call; the first thread that comes there is held until the gate opens."""
+
+    def __init__(self) -> None:
+        self.entered, self.opened = threading.Event(), threading.Event()
+
+    def pass_through(self) -> None:
+        if not self.entered.is_set():
+            self.entered.set()
+            assert self.opened.wait(HANG), "nobody opened the gate"
+
+    def before(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def gated(*args: Any, **options: Any) -> Any:
+            self.pass_through()
+            return call(*args, **options)
+
+        return gated
+
+
+def test_a_code_that_is_committed_during_a_claim_is_claimed_next(
+    repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes before the cursor, and the claim has read the file when nobody could know of it yet."""
+    repository.save_all(entries(range(10), linger=3600.0))
+    gate = Gate()
+    monkeypatch.setattr(OutboxClaims, "publish", gate.before(OutboxClaims.publish))
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(repository.save_all, [entry(100), entry(101, linger=3600.0)])
+        assert gate.entered.wait(HANG)
+        assert repository.get(name(100)) is ACCEPTED, "it is committed"
+        assert numbers(repository.claim(5, math.inf).batch) == [0, 1, 2, 3, 4]
+        assert repository.claim(20, 0.0, flush=True).waiting == 0
+        gate.opened.set()
+        assert saving.result(HANG) == [None, None]
+    assert numbers(repository.claim(5, 0.0).batch) == [100, 101]
+    assert repository.claim(5, 0.0, flush=True).batch is None
+
+
+@pytest.mark.parametrize("read_before", [False, True], ids=["to be read", "read already"])
+def test_a_message_that_is_being_cancelled_is_not_claimed(
+    repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch, read_before: bool
+) -> None:
+    repository.save_all(entries(range(3)))
+    if read_before:
+        waiting(repository)
+    gate = Gate()
+    monkeypatch.setattr(Tables, "update", gate.before(Tables.update))
+    with ThreadPoolExecutor(1) as pool:
+        cancelling = pool.submit(repository.cancel, name(1))
+        assert gate.entered.wait(HANG)
+        claim = repository.claim(9, 0.0)
+        assert (numbers(claim.batch), claim.waiting) == ([0, 2], 0)
+        gate.opened.set()
+        assert cancelling.result(HANG)
+    assert (repository.reason(name(1)), repository.backlog()) == (Reason.CANCELLED, 2)
+
+
+@pytest.mark.parametrize("end", [lambda repository: repository.cancel(name(1)), lambda repository: repository.expire()])
+def test_a_message_that_could_not_be_cancelled_or_expired_waits_as_before(
+    path: Path, clock: Clock, repository: SqliteRepository, end: Callable[[SqliteRepository], object]
+) -> None:
+    repository.save_all([entry(0), entry(1, max_age=1.0), entry(2)])
+    clock.advance(2.0)
+    run(path, "CREATE TRIGGER kept BEFORE DELETE ON outbox BEGIN SELECT RAISE(ABORT, 'kept'); END")
+    with pytest.raises(sqlite3.IntegrityError):
+        end(repository)
+    assert (repository.get(name(1)), repository.reason(name(1)), waiting(repository)) == (ACCEPTED, None, [0, 1, 2])
+
+
+def test_what_is_reported_on_during_a_claim_is_not_in_the_batch(
+    repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.save_all(entries(range(3)))
+    gate = Gate()
+    monkeypatch.setattr("sqlite_repository.entries_at", gate.before(entries_at))
+    with ThreadPoolExecutor(1) as pool:
+        claiming = pool.submit(repository.claim, 9, 0.0)
+        assert gate.entered.wait(HANG)
+        assert repository.update_all({name(0): DELIVERED}) == {}
+        gate.opened.set()
+        claim = claiming.result(HANG)
+    assert (claim.batch, claim.waiting, claim.due_in) == (None, 2, 0.0), "it is to be looked at again"
+    assert numbers(repository.claim(9, 0.0).batch) == [1, 2]
+
+
+def test_of_cancels_expiry_saves_and_claims_at_once_each_message_has_one_end(path: Path) -> None:
+    """Real threads and a real clock: what was saved is claimed, cancelled or expired, and never two of them."""
+    claimed: list[int] = []
+    cancelled: list[int] = []
+    expired: list[int] = []
+    over = threading.Event()
+    with opened(path) as repository:
+
+        def save(thread: int) -> None:
+            rng = random.Random(thread)
+            for start in range(thread * 1_000, thread * 1_000 + 400, 10):
+                new = [entry(start + each, linger=rng.choice([0.0, 1e-3, 3600.0]), max_age=rng.choice([1e-3, math.inf]))
+                       for each in range(10)]  # fmt: skip
+                assert repository.save_all(new) == [None] * 10
+                cancelled.extend(number for number in (start, start + 5) if repository.cancel(name(number)))
+
+        def claim() -> None:
+            while not over.is_set() or repository.claim(1, 0.0).waiting:
+                claimed.extend(numbers(repository.claim(7, math.inf, flush=over.is_set()).batch))
+
+        def expire() -> None:
+            while not over.is_set():
+                expired.extend(int(each[-12:], 16) for each in repository.expire()[0])
+
+        with ThreadPoolExecutor(8) as pool:
+            saving = [pool.submit(save, thread) for thread in range(3)]
+            others = [pool.submit(claim), pool.submit(claim), pool.submit(expire)]
+            for each in saving:
+                each.result(HANG)
+            over.set()
+            for each in others:
+                each.result(HANG)
+        claimed.extend(numbers(all_due(repository)))
+        left = sorted(claimed + cancelled + expired)
+        assert left == sorted(thread * 1_000 + number for thread in range(3) for number in range(400))
+        assert repository.backlog() == len(claimed)
+
+
+# What the file holds
 
 
 @contextlib.contextmanager
@@ -68,21 +520,124 @@ def after_crash(path: Path) -> Iterator[SqliteRepository]:
     copy.unlink()
 
 
-@contextlib.contextmanager
-def busy(path: Path) -> Iterator[tuple[SqliteRepository, Future[Any], Callable[[], None], ThreadPoolExecutor]]:
-    """A repository in the middle of saving "first", the result, what lets it go on, and threads for more calls."""
-    held, released = threading.Event(), threading.Event()
+def commits(path: Path) -> int:
+    """How many commits the write-ahead log holds (SQLite manual, "WAL-mode File Format")."""
+    data = Path(f"{path}-wal").read_bytes()
+    frame = 24 + int.from_bytes(data[8:12], "big")
+    heads = [data[start : start + 16] for start in range(32, len(data), frame)]
+    return sum(head[4:8] != bytes(4) and head[8:] == data[16:24] for head in heads)
 
-    def clock() -> float:
-        if threading.current_thread() is not threading.main_thread() and not held.is_set():
-            held.set()
-            assert released.wait(HANG), "nobody let it go on"
-        return 1_000.0
 
-    with opened(path, clock=clock) as repository, ThreadPoolExecutor(32) as pool:
-        first = pool.submit(repository.save_all, entries("first"))
-        assert held.wait(HANG)
-        yield repository, first, released.set, pool
+def test_what_was_promised_is_in_the_file_the_moment_it_is_promised(path: Path, repository: SqliteRepository) -> None:
+    repository.save_all(entries(range(4)))
+    with after_crash(path) as copy:
+        assert waiting(copy) == [0, 1, 2, 3]
+    repository.handed_over(repository.claim(1, 0.0).batch or Batch(()))
+    with after_crash(path) as copy:
+        assert (copy.get(name(0)), waiting(copy)) == (ACCEPTED, [1, 2, 3])
+    repository.update(name(1), DELIVERED)
+    assert repository.cancel(name(2))
+    with after_crash(path) as copy:
+        assert (copy.get(name(1)), copy.reason(name(2)), waiting(copy)) == (DELIVERED, Reason.CANCELLED, [3])
+
+
+def test_nothing_is_promised_before_it_is_in_the_file(
+    path: Path, repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    monkeypatch.setattr(Tables, "commit", gate.before(Tables.commit))
+    with ThreadPoolExecutor(2) as pool:
+        saving = pool.submit(repository.save_all, [entry(1)])
+        assert gate.entered.wait(HANG)
+        found = saving.done(), repository.get(name(1)), repository.backlog(), repository.claim(1, 0.0).batch
+        assert found == (False, NOT_FOUND, 0, None)
+        closing = pool.submit(repository.close)
+        gate.opened.set()
+        assert (saving.result(HANG), closing.result(HANG)) == ([None], None)
+    with opened(path) as reopened:
+        assert waiting(reopened) == [1]
+
+
+def test_messages_saved_updated_or_handed_over_together_are_one_commit(
+    path: Path, repository: SqliteRepository
+) -> None:
+    before = commits(path)
+    repository.save_all(entries(range(250)))  # of several statements
+    assert commits(path) == before + 1
+    repository.update_all({name(number): (CONFIRMED, DELIVERED, Reason.EXPIRED)[number % 3] for number in range(240)})
+    assert commits(path) == before + 2
+    repository.handed_over(repository.claim(9, 0.0).batch or Batch(()))
+    assert commits(path) == before + 3
+    assert waiting(repository) == [249]
+
+
+def test_a_message_costs_no_more_than_three_pages_of_the_log(path: Path, repository: SqliteRepository) -> None:
+    """A page for each of: its status, its place in the outbox, its place in the order of due."""
+    repository.save_all(entries(range(3)))
+    size = Path(f"{path}-wal").stat().st_size
+    repository.save_all([entry(4)])
+    assert Path(f"{path}-wal").stat().st_size - size == 3 * (4096 + 24)
+
+
+@pytest.mark.parametrize("length", [1, 10_000])
+@pytest.mark.parametrize("how", ["handed over", "cancelled", "expired", CONFIRMED, DELIVERED, Reason.ATTEMPTS])
+def test_numbers_and_texts_are_overwritten_when_they_are_not_needed_any_more(
+    path: Path, clock: Clock, how: object, length: int
+) -> None:
+    with opened(path, clock=clock) as repository:
+        for number in range(20):
+            message = Message(f"4800000{number:04}", f"<{number:04}" * length, name(number))
+            repository.save_all([Entry(message, max_age=9.0 if number < 15 else math.inf)])
+        if how == "handed over":
+            repository.handed_over(repository.claim(15, 0.0).batch or Batch(()))
+        elif how == "cancelled":
+            assert all(repository.cancel(name(number)) for number in range(15))
+        elif how == "expired":
+            clock.advance(10.0)
+            assert len(repository.expire()[0]) == 15
+        elif isinstance(how, (MessageStatus, Reason)):
+            repository.update_all({name(number): how for number in range(15)})
+    raw = b"".join(each.read_bytes() for each in path.parent.iterdir())
+    found = [(f"4800000{number:04}".encode() in raw, f"<{number:04}".encode() in raw) for number in range(20)]
+    assert found == [(number >= 15,) * 2 for number in range(20)]
+
+
+@pytest.mark.parametrize("reported", [False, True])
+def test_an_id_that_was_sent_and_forgotten_can_be_used_and_claimed_again(
+    repository: SqliteRepository, clock: Clock, reported: bool
+) -> None:
+    repository.save_all(entries(range(2)))
+    batch = repository.claim(1, 0.0).batch or Batch(())
+    if reported:
+        repository.update(name(0), DELIVERED)
+    else:
+        repository.handed_over(batch)
+    clock.advance(1.1 * RETENTION)
+    again = entries(range(2))
+    assert [type(error) for error in repository.save_all(again)] == [type(None), DuplicateMessageError]
+    assert (waiting(repository), again[0].accepted_at) == ([1, 0], clock())
+
+
+def test_nothing_is_looked_for_before_it_may_be_due(path: Path, repository: SqliteRepository, clock: Clock) -> None:
+    repository.save_all(entries(range(3)))
+    repository.handed_over(repository.claim(2, 0.0).batch or Batch(()))
+    for seconds, expected in ((0.0, (100.0, 3)), (30.0, (70.0, 3)), (71.0, (100.0, 1))):
+        clock.advance(seconds)
+        assert (repository.forget(), run(path, "SELECT count(*) FROM message")[0][0]) == expected
+    before = commits(path)
+    assert (repository.expire(), repository.forget()) == (([], math.inf), 100.0)
+    assert commits(path) == before
+
+
+# Trouble
+
+
+@pytest.mark.parametrize("bad", [("48", "x", "\ud800"), ("48", "\ud800", "x"), ("48", object(), "x")])
+def test_a_message_that_cannot_be_stored_costs_only_itself(repository: SqliteRepository, bad: tuple[Any, ...]) -> None:
+    errors = repository.save_all([entry(1), entry(2), Entry(Message(*bad)), entry(1), entry(3)])
+    assert [error if error is None else isinstance(error, DuplicateMessageError) for error in errors] == [
+        None, None, False, True, None]  # fmt: skip
+    assert (waiting(repository), repository.backlog()) == ([1, 2, 3], 3)
 
 
 @contextlib.contextmanager
@@ -93,409 +648,127 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def run(path: Path, script: str) -> list[Any]:
-    """What the last statement of an SQL script finds."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
-        return [db.execute(statement).fetchall() for statement in script.split("; ")][-1]
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "sms.db"
-
-
-@pytest.fixture
-def repository(path: Path) -> Iterator[SqliteRepository]:
-    with opened(path) as repository:
-        yield repository
-
-
-@pytest.fixture
-def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
-    """All connections that are made from now on; they wait 10 ms for a lock that someone else holds."""
-    made: list[sqlite3.Connection] = []
-    connect = sqlite3.connect
-
-    def recorded(path: str, timeout: float = 0.0, **options: Any) -> sqlite3.Connection:
-        made.append(connect(path, timeout=min(timeout, 0.01), **options))
-        return made[-1]
-
-    monkeypatch.setattr(sqlite3, "connect", recorded)
-    return made
-
-
-# Opening, keeping, groups
-
-
-def test_only_the_owner_can_read_any_of_its_files(path: Path) -> None:
-    umask = os.umask(0)
-    try:
-        with opened(path) as repository:
-            repository.save_all(entries("a"))
-            modes = {each.name: each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
-    finally:
-        os.umask(umask)
-    assert modes.keys() >= {"sms.db", "sms.db-wal", "sms.db.lock"} and set(modes.values()) == {0o600}
-
-
-def test_a_file_in_use_is_refused_by_any_name_until_it_is_closed_and_a_check_is_not(path: Path) -> None:
-    link = path.with_name("link.db")
-    link.symlink_to(path)
-    with opened(path) as repository:
-        repository.save("a")
-        for name in (path, link):
-            with pytest.raises(RepositoryUnavailableError, match="another process uses it"):
-                SqliteRepository(str(name))
-            check_file(str(name))
-    with opened(link) as repository:
-        assert repository.get("a") == ACCEPTED
-
-
-SCHEMA_1 = (
-    "CREATE TABLE message (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, accepted_at REAL NOT"
-    f" NULL, final_at REAL, phone_number TEXT, content TEXT, fingerprint BLOB); {OURS} 1"
-)
-
-
-def test_a_file_of_schema_1_is_taken_over_with_all_it_holds(path: Path) -> None:
-    rows = [  # in order of acceptance; without a number: handed over
-        ("z", "ACCEPTED", 10.0, None, "48999", "secret text", b"mark"),
-        ("m", "ACCEPTED", 11.0, None, None, None, None),
-        ("a", "ACCEPTED", 12.0, None, "48998", "b\0", None),
-        ("d", "DELIVERED", 13.0, 20.0, None, None, b"other"),
-        ("c", "CONFIRMED", 14.0, None, None, None, None),
-        ("f", "FAILED", 15.0, 15.5, None, None, None),
-    ]
-    run(path, SCHEMA_1)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executemany("INSERT INTO message VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", rows)
-        db.commit()
-    before, wall = path.read_bytes(), Clock(50.0)
-    check_file(str(path))
-    assert path.read_bytes() == before, "a check changes nothing"
-    with opened(path, 39.0, wall_clock=wall, clock=wall) as repository:
-        found = {row[0]: repository.get(row[0]).value for row in rows}
-        assert found == {row[0]: "NOT_FOUND" if row[0] == "m" else row[1] for row in rows}, "m is 39 s old"
-        batch, expected = claimed(repository), [Message("48999", "secret text", "z"), Message("48998", "b\0", "a")]
-        assert [each.message for each in batch.entries] == expected
-        assert (repository.oldest(), repository.backlog()) == (40.0, 2)
-        known = repository.save_all(entries("z", "d"))
-        assert [getattr(error, "fingerprint", None) for error in known] == [b"mark", b"other"]
-        repository.handed_over(batch)
-    assert b"secret text" not in path.read_bytes()
-
-
-NOT_OURS: dict[str, list[str | bytes]] = {  # by what is said of it
-    "something else": [
-        "CREATE TABLE customer (name); INSERT INTO customer VALUES ('Ann')", "CREATE TABLE message (id, status)",
-        "CREATE TABLE other (name); PRAGMA user_version = 1", "PRAGMA application_id = 7", "PRAGMA user_version = 1"],
-    "not a database": [b"Dear diary", b"SQLite format 3\0" + b"\xa5" * 8_000],
-    "newer than this program": [f"{OURS} 3"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("look", [SqliteRepository, check_file])
-@pytest.mark.parametrize(("content", "reason"), [(each, reason) for reason in NOT_OURS for each in NOT_OURS[reason]])
-def test_a_file_that_is_not_ours_is_refused_and_left_as_it_was(
-    look: Callable[[str], object], path: Path, content: str | bytes, reason: str
-) -> None:
-    path.write_bytes(content) if isinstance(content, bytes) else run(path, content)
-    before = path.read_bytes()
-    for _ in range(2):  # a refusal keeps no lock
-        with pytest.raises(RepositoryUnavailableError, match=f"^{path}: .*{reason}"):
-            look(str(path))
-    assert path.read_bytes() == before
-    assert {each.name for each in path.parent.iterdir()} <= {"sms.db", "sms.db.lock"}
-
-
-@pytest.mark.parametrize("look", [SqliteRepository, check_file])
-@pytest.mark.parametrize("name", [".", "nowhere/sms.db"])
-def test_a_path_where_no_file_can_be_is_refused(look: Callable[[str], object], path: Path, name: str) -> None:
-    with pytest.raises(RepositoryUnavailableError):
-        look(str(path.parent / name))
-
-
-def test_a_check_makes_no_file_and_fails_for_one_that_may_not_be_written(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_file(str(path))
-    assert list(path.parent.iterdir()) == []
-    path.touch()
-    monkeypatch.setattr(os, "access", lambda *args: False)  # what the system says to anybody but root
-    with pytest.raises(RepositoryUnavailableError, match="cannot be read and written"):
-        check_file(str(path))
-
-
-def test_a_lock_file_that_is_something_else_is_refused_before_anything_is_made(path: Path) -> None:
-    Path(f"{path}.lock").write_bytes(b"not a lock file" * 100)
-    with pytest.raises(RepositoryUnavailableError, match="not a database"):
-        SqliteRepository(str(path))
-    assert not path.exists()
-
-
-def test_a_file_that_is_being_written_is_refused(path: Path, connections: list[sqlite3.Connection]) -> None:
-    SqliteRepository(str(path)).close()
-    with locked(path), pytest.raises(RepositoryUnavailableError, match="locked"):
-        SqliteRepository(str(path))
-    with opened(path) as repository:
-        assert repository.save_all(entries("a")) == [None]
-
-
-def test_a_migration_that_fails_changes_nothing(path: Path) -> None:
-    run(path, SCHEMA_1.replace("final_at", "lost"))
-    before = run(path, "SELECT sql FROM sqlite_master")
-    with pytest.raises(RepositoryUnavailableError, match="final_at"):
-        SqliteRepository(str(path))
-    assert run(path, "SELECT sql FROM sqlite_master") == before
-    assert run(path, "PRAGMA user_version") == [(1,)]
-
-
-def test_a_start_and_a_claim_read_no_more_than_a_batch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    SqliteRepository(str(path)).close()
-    numbers = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000)"
-    run(path, f"{numbers} INSERT INTO outbox SELECT i, 'id' || i, 0.0, '48', 'x' FROM n")
-    connect, steps = sqlite3.connect, []
-
-    def counted(*args: Any, **options: Any) -> sqlite3.Connection:
-        db = connect(*args, **options)
-        db.set_progress_handler(lambda: steps.append(1), 100)  # called every 100 steps of SQLite's machine
-        return db
-
-    monkeypatch.setattr(sqlite3, "connect", counted)
-    with opened(path) as repository:
-        batch = repository.claim(100, 5.0).batch
-        assert (repository.backlog(), batch and len(batch), batch and batch.ids[-1]) == (30_000, 100, "id100")
-    assert len(steps) < 100, "more than 10,000 steps: it went through the outbox"
-
-
-def test_a_restart_keeps_statuses_reasons_fingerprints_and_the_outbox_in_order(path: Path) -> None:
-    with opened(path) as repository:
-        repository.save_all(entries(*"gfedcba"))
-        repository.update_all({"b": CONFIRMED, "c": FAILED, "d": DELIVERED, "e": Reason.ATTEMPTS, "f": Reason.EXPIRED})
-    with opened(path) as repository:
-        assert [(repository.get(each), repository.reason(each)) for each in "abcdefh"] == [
-            (ACCEPTED, None), (CONFIRMED, None), (FAILED, None), (DELIVERED, None), (FAILED, Reason.ATTEMPTS),
-            (FAILED, Reason.EXPIRED), (NOT_FOUND, None)]  # fmt: skip
-        errors = repository.save_all(entries("g", "a", "A"))
-        assert [getattr(error, "fingerprint", None) for error in errors] == [b"0", b"6", None]
-    with opened(path) as repository:
-        assert (ids(repository), repository.backlog()) == (["g", "a", "A"], 3)
-        repository.handed_over(claimed(repository))
-        repository.save_all(entries("0"))
-        assert ids(repository) == ["0"]
-
-
-def test_what_was_promised_is_in_the_file_the_moment_it_is_promised(path: Path, repository: SqliteRepository) -> None:
-    repository.save_all(entries("a", "b", "c"))
-    batch = claimed(repository, 2)
-    with after_crash(path) as crashed:
-        assert ids(crashed) == ["a", "b", "c"], "sent again under the same IDs"
-    repository.handed_over(batch)
-    with after_crash(path) as crashed:
-        assert (ids(crashed), crashed.get("a")) == (["c"], ACCEPTED)
-    repository.update_all({"a": DELIVERED, "c": Reason.REJECTED})
-    with after_crash(path) as crashed:
-        assert (ids(crashed), crashed.get("a"), crashed.reason("c")) == ([], DELIVERED, Reason.REJECTED)
-
-
-def test_nothing_is_promised_or_seen_before_it_is_in_the_file_and_a_close_waits_for_it(path: Path) -> None:
-    with busy(path) as (repository, saving, go_on, pool):
-        found = saving.done(), repository.get("first"), ids(repository), repository.backlog()
-        assert found == (False, NOT_FOUND, [], 0)
-        closing = pool.submit(repository.close)
-        go_on()
-        assert (saving.result(HANG), closing.result(HANG)) == ([None], None)
-    with opened(path) as repository:
-        assert (ids(repository), repository.get("first")) == (["first"], ACCEPTED)
-
-
-def test_each_commit_is_synced_to_the_disk(path: Path, connections: list[sqlite3.Connection]) -> None:
-    with opened(path) as repository:
-        repository.save_all(entries("a"))
-        repository.get("a")
-        [writer] = [db for db in connections if db.total_changes]
-        for name, value in (("synchronous", 2), ("fullfsync", 1), ("journal_mode", "wal")):
-            assert writer.execute(f"PRAGMA {name}").fetchone() == (value,)
-
-
-@pytest.mark.parametrize("length", [1, 10_000])
-@pytest.mark.parametrize("how", [None, CONFIRMED, DELIVERED, Reason.EXPIRED])
-def test_numbers_and_texts_are_overwritten_when_they_are_not_needed_any_more(
-    path: Path, how: MessageStatus | Reason | None, length: int
-) -> None:
-    with opened(path) as repository:
-        for number in range(20):
-            repository.save_all([Entry(Message(f"4800000{number:04}", f"<{number:04}" * length, f"{number}"))])
-        if how is None:
-            repository.handed_over(claimed(repository, 15))
-        else:
-            repository.update_all({f"{number}": how for number in range(15)})
-    raw = b"".join(each.read_bytes() for each in path.parent.iterdir())
-    found = [(f"4800000{number:04}".encode() in raw, f"<{number:04}".encode() in raw) for number in range(20)]
-    assert found == [(number >= 15,) * 2 for number in range(20)]
-
-
-def commits(path: Path) -> int:
-    """How many commits the write-ahead log holds (SQLite manual, "WAL-mode File Format")."""
-    data = Path(f"{path}-wal").read_bytes()
-    frame = 24 + int.from_bytes(data[8:12], "big")
-    heads = [data[start : start + 16] for start in range(32, len(data), frame)]
-    return sum(head[4:8] != bytes(4) and head[8:] == data[16:24] for head in heads)
-
-
-@pytest.mark.parametrize("bad", [False, True])
-def test_what_comes_while_the_writer_is_busy_shares_a_commit_and_costs_no_other_anything(path: Path, bad: bool) -> None:
-    coming = threading.Semaphore(0)
-    groups = [entries(f"{number}", "first") for number in range(30)] + [[Entry(Message("48", "\ud800", "odd"))]] * bad
-
-    def save(group: list[Entry]) -> list[type]:
-        coming.release()
-        return kinds(repository.save_all(group))
-
-    with busy(path) as (repository, first, go_on, pool):
-        before = commits(path)
-        saving = [pool.submit(save, group) for group in groups]
-        for _ in saving:
-            assert coming.acquire(timeout=HANG)
-        go_on()
-        expected = [[type(None), DuplicateMessageError]] * 30 + [[UnicodeEncodeError]] * bad
-        assert ([each.result(HANG) for each in saving], first.result(HANG)) == (expected, [None])
-        assert bad or commits(path) - before <= 15
-        assert len(ids(repository)) == 31
-
-
-def test_messages_saved_or_updated_together_are_one_commit(path: Path, repository: SqliteRepository) -> None:
-    names = [f"{number}" for number in range(250)]  # of several statements
-    before, each = commits(path), (CONFIRMED, DELIVERED, Reason.EXPIRED)
-    repository.save_all(entries(*names))
-    assert commits(path) == before + 1
-    repository.update_all({name: each[place % 3] for place, name in enumerate(names[:-1])})
-    assert commits(path) == before + 2
-    assert (ids(repository), repository.get("247"), repository.get("248")) == (["249"], DELIVERED, FAILED)
-
-
-@pytest.mark.parametrize("bad", [("48", "x", "\ud800"), ("48", "\ud800", "x"), ("48", object(), "x")])
-def test_a_message_that_cannot_be_stored_costs_only_itself(repository: SqliteRepository, bad: tuple[Any, ...]) -> None:
-    errors = repository.save_all([*entries("a", "b"), Entry(Message(*bad)), *entries("a", "c")])
-    assert [error if error is None else isinstance(error, DuplicateMessageError) for error in errors] == [
-        None, None, False, True, None]  # fmt: skip
-    assert (ids(repository), repository.backlog()) == (["a", "b", "c"], 3)
-
-
-# Trouble, closing, times
-
-
 @contextlib.contextmanager
-def full(connections: Iterable[sqlite3.Connection]) -> Iterator[None]:
+def full(repository: SqliteRepository) -> Iterator[None]:
     """The disk is full until the block ends."""
-    for pages in (1, 1_000_000):  # that the database may have
-        for db in connections:
-            with contextlib.suppress(sqlite3.ProgrammingError):  # closed by now
-                db.execute(f"PRAGMA max_page_count = {pages}").fetchone()
-        if pages == 1:
-            yield
+    writer = repository._file.writer
+    writer.execute("PRAGMA max_page_count = 1").fetchone()  # it has more already: there may be no new one
+    yield
+    writer.execute("PRAGMA max_page_count = 1000000").fetchone()
 
 
 @pytest.mark.parametrize("trouble", ["locked", "full"])
 def test_a_file_that_cannot_be_written_can_be_read_is_told_logged_once_and_recovers(
-    trouble: str, path: Path, connections: list[sqlite3.Connection], caplog: pytest.LogCaptureFixture
+    trouble: str, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr("sqlite_file.BUSY_TIMEOUT", 0.01)
+    large = "x" * 60_000  # more than there is room for
     with opened(path) as repository:
-        repository.save_all(entries("a"))
-        batch, large = claimed(repository), "x" * 60_000  # more than a database without room can take
-        changes = [lambda: repository.save_all(entries("b", "a", "c", text=large)), repository.check, repository.forget,
-                   lambda: repository.handed_over(batch), lambda: repository.update_all({"a": DELIVERED})]  # fmt: skip
-        with locked(path) if trouble == "locked" else full(connections):
+        repository.save_all([entry(0), entry(9)])
+        batch = repository.claim(1, 0.0).batch or Batch(())
+        changes: list[Callable[[], object]] = [
+            lambda: repository.save_all([entry(1, large), entry(0), entry(2, large)]),
+            repository.check,
+            repository.forget,
+            lambda: repository.handed_over(batch),
+            lambda: repository.update_all({name(0): DELIVERED}),
+            lambda: repository.cancel(name(9)),
+        ]
+        with locked(path) if trouble == "locked" else full(repository):
             for change in changes if trouble == "locked" else changes[:1] * 5:
-                with pytest.raises(RepositoryUnavailableError, match=trouble):
+                with pytest.raises(RepositoryUnavailableError, match=trouble) as refused:
                     change()
-            assert [repository.get(each) for each in "abc"] == [ACCEPTED, NOT_FOUND, NOT_FOUND]
-            assert (repository.reason("a"), repository.backlog()) == (None, 1)
-        assert kinds(repository.save_all(entries("b", "a", text=large))) == [type(None), DuplicateMessageError]
+                assert str(path.parent) not in str(refused.value), "clients of the service read it"
+            assert [repository.get(name(number)) for number in range(3)] == [ACCEPTED, NOT_FOUND, NOT_FOUND]
+            assert (repository.reason(name(9)), repository.backlog()) == (None, 2)
+        assert repository.save_all([entry(1, large)]) == [None]
         repository.handed_over(batch)
-        assert ids(repository) == ["b"]
+        assert waiting(repository) == [9, 1]
         repository.check()
-    levels = [record.levelname for record in caplog.records if record.name == "smsproxy.sqlite"]
-    assert levels == ["ERROR", "WARNING"], "when it begins and when it ends"
+    lines = [(record.levelname, str(path) in record.message) for record in caplog.records]
+    assert lines == [("ERROR", True), ("WARNING", True)], "when it begins and when it ends"
 
 
 @pytest.mark.parametrize("found_by", ["a change", "a read"])
 def test_a_damaged_page_costs_only_what_is_on_it_and_is_told_once_and_by_a_check(
     path: Path, found_by: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = [f"{number:04}" for number in range(1_000)]
+    names = [name(number) for number in range(1_000)]
     with opened(path) as repository:
-        repository.save_all(entries(*names, text="x"))
-        repository.handed_over(claimed(repository))
+        repository.save_all(entries(range(1_000)))
+        repository.handed_over(all_due(repository))
     raw = bytearray(path.read_bytes())  # SQLite manual, "Database File Format": 0x0A is a leaf of an index
-    pages = range(4096, len(raw), 4096)
-    spoilt = next(page for page in pages if raw[page] == 0x0A and b"0500ACCEPTED" in raw[page : page + 4096])
-    lost = set(map(bytes.decode, re.findall(rb"(\d{4})ACCEPTED", raw[spoilt : spoilt + 4096])))
+    pages = [page for page in range(4096, len(raw), 4096) if raw[page] == 0x0A]
+    spoilt = next(page for page in pages if f"{names[500]}ACCEPTED".encode() in raw[page : page + 4096])
+    lost = set(map(bytes.decode, re.findall(rb"([-0-9a-f]{36})ACCEPTED", raw[spoilt : spoilt + 4096])))
     raw[spoilt : spoilt + 4096] = b"\xa5" * 4096
     path.write_bytes(raw)
     with opened(path) as repository:
         repository.check()
         if found_by == "a read":
-            with pytest.raises(RepositoryUnavailableError, match="malformed"):
-                repository.get("0500")
+            for _ in range(2):
+                with pytest.raises(RepositoryUnavailableError, match="malformed"):
+                    repository.get(names[500])
         else:
             errors = repository.update_all(dict.fromkeys(names, DELIVERED))
-            assert lost <= errors.keys() and len(errors) < len(names) / 2, "but for those between two pages"
-            assert set(kinds(errors.values())) == {RepositoryUnavailableError}
-            assert {repository.get(name) for name in names if name not in errors} == {DELIVERED}
+            assert lost <= errors.keys()
+            assert len(errors) < len(names) / 2, "but for those between two pages"
+            assert {type(error) for error in errors.values()} == {RepositoryUnavailableError}
+            assert {repository.get(each) for each in names if each not in errors} == {DELIVERED}
         with pytest.raises(RepositoryUnavailableError, match="damaged"):
             repository.check()
-        assert repository.save_all(entries("new")) == [None]
-    assert ["is damaged" in message for message in caplog.messages] == [True] * (found_by == "a change")
+        assert repository.save_all([entry(5_000)]) == [None]
+    assert ["is damaged" in message for message in caplog.messages] == [True]
 
 
 def test_a_row_that_makes_no_sense_costs_only_itself(path: Path, repository: SqliteRepository) -> None:
-    repository.save_all(entries("a", "b", "c"))
-    run(path, "UPDATE message SET status = 'EATEN' WHERE id = 'b'")
-    assert list(repository.update_all({"a": CONFIRMED, "b": CONFIRMED, "c": DELIVERED})) == ["b"]
-    assert (repository.get("a"), repository.get("c")) == (CONFIRMED, DELIVERED)
+    repository.save_all(entries(range(3)))
+    run(path, f"UPDATE message SET status = 'EATEN' WHERE id = '{name(1)}'")
+    updates = {name(0): CONFIRMED, name(1): CONFIRMED, name(2): DELIVERED}
+    assert list(repository.update_all(updates)) == [name(1)]
+    assert (repository.get(name(0)), repository.get(name(2))) == (CONFIRMED, DELIVERED)
 
 
-def test_a_group_of_which_one_half_cannot_be_written_tells_of_each_message_what_became_of_it(
+def test_a_row_that_somebody_deleted_stops_nothing(path: Path, repository: SqliteRepository) -> None:
+    repository.save_all(entries(range(3)))
+    assert waiting(repository) == [0, 1, 2]
+    run(path, "DELETE FROM outbox WHERE place = 1")
+    assert repository.claim(9, 0.0).due_in == 0.0
+    assert numbers(repository.claim(9, 0.0).batch) == [1, 2]
+
+
+def test_of_a_group_that_is_written_in_part_each_message_is_told_what_became_of_it(
     path: Path, repository: SqliteRepository
 ) -> None:
-    run(path, "CREATE TRIGGER bad BEFORE INSERT ON message WHEN NEW.id = 'bad' BEGIN SELECT RAISE(ABORT, 'bad');END")
-    run(path, "CREATE TRIGGER no BEFORE INSERT ON message WHEN NEW.id = 'no' BEGIN SELECT json('{');END")
-    assert kinds(repository.save_all(entries("a", "bad", "c", "no"))) == [
+    for number, failing in ((1, "RAISE(ABORT, 'bad')"), (3, "json('{')")):
+        run(path, f"CREATE TRIGGER t{number} BEFORE INSERT ON message WHEN NEW.id = '{name(number)}'"
+                  f" BEGIN SELECT {failing}; END")  # fmt: skip
+    assert [type(error) for error in repository.save_all(entries(range(4)))] == [
         type(None), sqlite3.IntegrityError, RepositoryUnavailableError, RepositoryUnavailableError,
     ]  # fmt: skip
-    assert ids(repository) == ["a"]
+    assert waiting(repository) == [0]
 
 
-def test_what_cannot_be_forgotten_is_an_error(path: Path) -> None:
-    clock = Clock()
-    with opened(path, 100.0, clock=clock) as repository:
-        repository.save("a")
-        run(path, "CREATE TRIGGER kept BEFORE DELETE ON message BEGIN SELECT RAISE(ABORT, 'kept');END")
-        clock.advance(1_000.0)
-        with pytest.raises(sqlite3.IntegrityError):
-            repository.forget()
-
-
-def test_an_error_in_the_writer_reaches_its_caller_and_ends_nothing(path: Path) -> None:
-    clock = Clock()
-    with opened(path, clock=clock) as repository:
-        repository.save_all(entries("a", "b"))
-        clock.now = "broken"  # type: ignore[assignment]
-        assert kinds(repository.update_all({"a": FAILED, "b": DELIVERED}).values()) == [TypeError, TypeError]
-        clock.now = 2_000.0
-        assert (repository.update_all({"b": DELIVERED}), ids(repository)) == ({}, ["a"])
+def test_what_cannot_be_forgotten_is_an_error(path: Path, repository: SqliteRepository, clock: Clock) -> None:
+    repository.save(name(1))
+    run(path, "CREATE TRIGGER kept BEFORE DELETE ON message BEGIN SELECT RAISE(ABORT, 'kept');END")
+    clock.advance(1_000.0)
+    with pytest.raises(sqlite3.IntegrityError):
+        repository.forget()
 
 
 def test_after_the_end_every_call_is_refused_and_one_file_is_left(path: Path) -> None:
     with opened(path) as repository:
-        repository.save_all(entries("a"))
-        batch = claimed(repository)
-    calls = (lambda: repository.save_all(entries("b")), lambda: repository.get("a"), lambda: repository.reason("a"),
-             lambda: repository.update_all({"a": DELIVERED}), lambda: repository.claim(1, 0.0), repository.oldest,
-             lambda: repository.handed_over(batch), repository.forget, repository.check)  # fmt: skip
+        repository.save_all([entry(1)])
+        batch = repository.claim(1, 0.0).batch or Batch(())
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: repository.save_all([entry(2)]), lambda: repository.get(name(1)), lambda: repository.reason(name(1)),
+        lambda: repository.update_all({name(1): DELIVERED}), lambda: repository.claim(1, 0.0), repository.ages,
+        lambda: repository.handed_over(batch), lambda: repository.cancel(name(1)), repository.expire,
+        lambda: repository.hasten(1.0), repository.forget, repository.check,
+    )  # fmt: skip
     for call in calls:
-        with pytest.raises(RepositoryUnavailableError, match="closed"):
+        with pytest.raises(RepositoryUnavailableError, match="the database is closed"):
             call()
     repository.close()
     assert {each.name for each in path.parent.iterdir()} == {"sms.db", "sms.db.lock"}
@@ -503,90 +776,22 @@ def test_after_the_end_every_call_is_refused_and_one_file_is_left(path: Path) ->
 
 @pytest.mark.parametrize("moment", [1, 30])
 def test_a_caller_is_answered_truly_or_refused_whenever_it_is_closed(path: Path, moment: int) -> None:
-    repository, acknowledged, enough = SqliteRepository(str(path)), list[str](), threading.Semaphore(0)
+    repository, acknowledged, enough = SqliteRepository(str(path)), list[int](), threading.Semaphore(0)
 
-    def call(name: int) -> None:
+    def call(thread: int) -> None:
         with contextlib.suppress(RepositoryUnavailableError):
-            for number in itertools.count():
-                group = [f"{name}-{number}-{place}" for place in range(3)]
-                assert repository.save_all(entries(*group)) == [None] * 3
+            for start in itertools.count(thread * 1_000_000, 3):
+                group = range(start, start + 3)
+                assert repository.save_all(entries(group)) == [None] * 3
                 acknowledged.extend(group)
                 enough.release()
-                assert repository.get(group[0]) == ACCEPTED
+                assert repository.get(name(start)) == ACCEPTED
 
     with ThreadPoolExecutor(4) as pool:
-        callers = [pool.submit(call, name) for name in range(4)]
+        callers = [pool.submit(call, thread) for thread in range(4)]
         for _ in range(moment):
             assert enough.acquire(timeout=HANG)
         repository.close()
         assert [caller.result(HANG) for caller in callers] == [None] * 4
-    with opened(path) as repository:
-        assert sorted(ids(repository)) == sorted(acknowledged)
-
-
-@pytest.mark.parametrize("reported", [False, True])
-def test_an_id_that_was_sent_and_forgotten_can_be_used_and_claimed_again(path: Path, reported: bool) -> None:
-    clock = Clock()
-    with opened(path, 60.0, clock=clock) as repository:
-        repository.save_all(entries("a", "b"))
-        batch = claimed(repository, 1)
-        repository.update_all({"a": DELIVERED}) if reported else repository.handed_over(batch)
-        clock.advance(61.0)
-        again = entries("a", "b")
-        assert kinds(repository.save_all(again)) == [type(None), DuplicateMessageError]
-        assert (ids(repository), again[0].accepted_at) == (["b", "a"], clock())
-
-
-def test_what_is_forgotten_leaves_the_file_and_nothing_is_looked_for_before_it_may_be_due(path: Path) -> None:
-    clock = Clock()
-    with opened(path, 60.0, clock=clock) as repository:
-        repository.save_all(entries("a", "b", "waits"))
-        repository.handed_over(claimed(repository, 2))
-        for seconds, expected in ((0.0, (60.0, 3)), (30.0, (30.0, 3)), (31.0, (60.0, 1))):
-            clock.advance(seconds)
-            assert (repository.forget(), run(path, "SELECT count(*) FROM message")[0][0]) == expected
-        assert ids(repository) == ["waits"]
-
-
-def test_the_retention_of_this_run_counts_and_time_passes_while_it_is_closed(path: Path) -> None:
-    wall = Clock()
-    for retention, seconds, expected in ((0.0, 65.0, DELIVERED), (120.0, 0.0, DELIVERED), (60.0, 0.0, NOT_FOUND)):
-        with opened(path, retention, wall_clock=wall) as repository:
-            if not retention:
-                repository.save("a")
-                repository.update("a", DELIVERED)
-            repository.forget()
-            assert repository.get("a") == expected
-        wall.advance(seconds)
-
-
-@pytest.mark.parametrize("jump", [-1e9, 1e9])
-def test_a_jump_of_the_wall_clock_changes_nothing_in_a_running_process(path: Path, jump: float) -> None:
-    clock, wall = Clock(), Clock(1.7e9)
-    with opened(path, 60.0, clock=clock, wall_clock=wall) as repository:
-        repository.save_all(entries("a", "b"))
-        repository.handed_over(claimed(repository, 1))
-        wall.advance(jump)
-        assert (repository.forget(), repository.get("a")) == (60.0, ACCEPTED)
-        assert (repository.oldest(), repository.claim(100, 5.0).wait) == (0.0, 5.0)
-        clock.advance(4.0)
-        assert repository.claim(100, 5.0).wait == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(("passed", "wait"), [(0.0, 5.0), (3.0, 2.0), (6.0, None), (-1e6, 5.0)])
-def test_after_a_restart_a_message_waits_for_the_rest_of_its_linger_and_never_for_longer(
-    path: Path, passed: float, wait: float | None
-) -> None:
-    wall, clock = Clock(1.7e9), Clock()
-    with opened(path, wall_clock=wall, clock=clock) as repository:
-        repository.save_all(entries("a"))
-    wall.advance(passed)
-    clock.now = 3.0  # another machine's
-    with opened(path, wall_clock=wall, clock=clock) as repository:
-        claim = repository.claim(100, 5.0)
-        assert (claim.wait, claim.batch is None) == (wait and pytest.approx(wait), wait is not None)
-        if wait is not None:
-            clock.advance(wait)
-            claim = repository.claim(100, 5.0)
-        assert claim.batch is not None
-        assert claim.batch.entries[0].accepted_at == pytest.approx(clock() - max(5.0, passed))
+    with opened(path) as reopened:
+        assert sorted(waiting(reopened)) == sorted(acknowledged)
