@@ -98,12 +98,6 @@ class OutboxClaims:
         with self._lock:
             self._add([(self._claimed.pop(place), place) for place in places if place in self._claimed])
 
-    def drop(self, places: Iterable[int]) -> None:
-        """These were found to be no more in the outbox; whoever took them out publishes it, or has published it."""
-        with self._lock:
-            for place in places:
-                self._claimed.pop(place, None)
-
     def claimed(self, places: Iterable[int]) -> set[int]:
         """Those of the places whose messages are claimed."""
         with self._lock:

@@ -98,10 +98,8 @@ class SqliteRepository(Repository):
             except BaseException:
                 self._claims.release(int(place) for _, place in keys)
                 raise
-        if len(entries) < len(keys):  # some were reported on or cancelled meanwhile, perhaps the one that was due
-            places = {entry.place for entry in entries}
-            self._claims.drop(int(place) for _, place in keys if place not in places)
-            self._claims.release(places)
+        if len(entries) < len(keys):  # some were reported on meanwhile, perhaps the one that was due: look again
+            self._claims.release(entry.place for entry in entries)
             return Claim(None, claim.waiting + len(entries), 0.0)
         return Claim(Batch(tuple(entries)), claim.waiting)
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from message_model import (
     DuplicateMessageError,
     Entry,
     MessageStatus,
+    OverloadedError,
     Reason,
     RepositoryUnavailableError,
 )
@@ -292,7 +294,9 @@ class Play:
 
     def step(self) -> None:
         """Calls something, mostly `save_all` and `claim`."""
-        settling = [self.release, self.hand_over, self.report, self.cancel, self.expire]
+        settling = [
+            self.release, self.hand_over, self.report, self.report_on_one_that_waits, self.cancel, self.expire,
+        ]  # fmt: skip
         self._rng.choice([self.save, self.claim, self.wait] * 12 + settling * 4 + [self.restart, self.hasten])()
         model = self._model
         assert self.repository.backlog() == len(model.waits) + sum(map(len, model.batches))
@@ -330,6 +334,12 @@ class Play:
         chosen, _ = self._part_of_a_batch()
         assert self.repository.update_all(dict.fromkeys(chosen.ids, DELIVERED)) == {}
         assert numbers(self.repository.unsent(chosen)) == []
+
+    def report_on_one_that_waits(self) -> None:
+        model = self._model
+        if model.waits:
+            chosen = model.waits.pop(self._rng.randrange(len(model.waits)))
+            assert self.repository.update_all({name(chosen[1]): CONFIRMED}) == {}
 
     def cancel(self) -> None:
         model = self._model
@@ -438,6 +448,55 @@ def test_a_message_that_is_being_cancelled_is_not_claimed(
         gate.opened.set()
         assert cancelling.result(HANG)
     assert (repository.reason(name(1)), repository.backlog()) == (Reason.CANCELLED, 2)
+
+
+def until_waiting(repository: SqliteRepository, changes: int) -> None:
+    """Returns when so many changes wait for the one that is being committed."""
+    deadline = time.monotonic() + HANG
+    while len(repository._commits._jobs) < changes:
+        assert time.monotonic() < deadline, "it hangs"
+
+
+def test_saves_of_one_commit_are_counted_together_and_none_can_be_cancelled_before_it(
+    repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert waiting(repository) == []
+    gate = Gate()
+    monkeypatch.setattr(Tables, "commit", gate.before(Tables.commit))
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(repository.save_all, [entry(0)])
+        assert gate.entered.wait(HANG)
+        calls: list[Callable[[], Any]] = [
+            lambda: repository.save_all([entry(1), entry(2)], 4),
+            lambda: repository.cancel(name(1)),
+            lambda: repository.save_all([entry(3), entry(4)], 4),
+        ]
+        behind = []
+        for place, call in enumerate(calls):
+            behind.append(pool.submit(call))
+            until_waiting(repository, place + 1)
+        gate.opened.set()
+        saved, cancelled, more = (each.result(HANG) for each in behind)
+        assert first.result(HANG) == [None]
+    assert (saved, cancelled) == ([None, None], False)
+    assert [type(error) for error in more] == [type(None), OverloadedError]
+    assert repository.claim(9, 0.0).waiting == 0
+    assert repository.backlog() == 4
+
+
+def test_what_cannot_be_read_for_a_batch_waits_as_before(
+    repository: SqliteRepository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.save_all(entries(range(3)))
+
+    def fail(*args: object) -> list[Entry]:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sqlite_repository.entries_at", fail)
+        with pytest.raises(RepositoryUnavailableError, match="the database cannot be read: disk I/O error"):
+            repository.claim(9, 0.0)
+    assert numbers(repository.claim(9, 0.0).batch) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("end", [lambda repository: repository.cancel(name(1)), lambda repository: repository.expire()])
