@@ -79,3 +79,13 @@ def test_memory_holds_no_more_keys_than_it_may(db: sqlite3.Connection, monkeypat
         assert len(claims._front) <= 100
     order = sorted(range(1, 1_001), key=lambda place: (place % 7, place))
     assert [place for _ in range(100) for place in take(db, claims, 10)] == order
+
+
+def test_reading_on_costs_the_same_at_the_end_of_a_long_outbox(db: sqlite3.Connection) -> None:
+    """As after a start, with what a newsletter left: all of it is due at the same time."""
+    db.executemany("INSERT INTO outbox (due, place) VALUES (60.0, ?)", [(place,) for place in range(1, 20_001)])
+    claims = OutboxClaims(20_000, 20_000)
+    for start in range(1, 20_001, 100):
+        with steps(db) as made:
+            assert take(db, claims, 100) == list(range(start, start + 100))
+        assert len(made) < 300
