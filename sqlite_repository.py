@@ -23,7 +23,7 @@ from message_model import (
     RepositoryUnavailableError,
     SmsProxyError,
     UnknownMessageError,
-)  # fmt: skip
+)
 from sqlite_file import SqliteFile, check_file, opening
 from sqlite_tables import FIRST, FIRST_EXPIRY, EpochClock, Tables, entries_at, storable
 

@@ -21,7 +21,7 @@ from message_model import (
     Reason,
     SmsProxyError,
     check_transition,
-)  # fmt: skip
+)
 from sqlite_claims import Key, OutboxClaims
 from sqlite_file import VERSION
 
