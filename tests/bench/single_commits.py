@@ -8,9 +8,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import main  # noqa: E402
-import sqlite_repository  # noqa: E402
-from group_commit import GroupCommit  # noqa: E402
+import main
+import sqlite_repository
+from group_commit import GroupCommit
 
 
 class SingleCommit(GroupCommit):
