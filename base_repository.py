@@ -76,6 +76,14 @@ class Repository(abc.ABC):
         """
 
     @abc.abstractmethod
+    def save_together(self, entries: Sequence[Entry], max_pending: int | None = None) -> Exception | None:
+        """Stores all entries as `save_all` does, or none of them, in one step.
+
+        Returns None or why nothing is stored: `DuplicateMessageError` of the first entry whose ID is stored
+        already, also when there is no room, or `OverloadedError` when there is not room for all of them.
+        """
+
+    @abc.abstractmethod
     def get(self, message_id: str) -> MessageStatus:
         """The status, `NOT_FOUND` when unknown."""
 

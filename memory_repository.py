@@ -152,15 +152,27 @@ class InMemoryRepository(Repository):
                 elif len(outbox.entries) >= limit:
                     errors.append(OverloadedError("too many messages are pending"))
                 else:
-                    entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
-                    self._records[message_id] = _IN_OUTBOX
-                    outbox.add(entry)
-                    if entry.fingerprint is not None:
-                        self._fingerprints[message_id] = entry.fingerprint
-                    elif record is not None:  # its time is over and it is not forgotten yet
-                        self._fingerprints.pop(message_id, None)
+                    self._save(entry, message_id, now)
                     errors.append(None)
             return errors
+
+    def save_together(self, entries: Sequence[Entry], max_pending: int | None = None) -> Exception | None:
+        """See `Repository`."""
+        with self._lock:
+            now, new = self._clock(), dict[str, Entry]()
+            for entry in entries:
+                message_id = entry.message.message_id
+                record = self._records.get(message_id)
+                if record is not None and record[2] > now:
+                    return DuplicateMessageError(message_id, self._fingerprints.get(message_id))
+                if message_id in new:
+                    return DuplicateMessageError(message_id, new[message_id].fingerprint)
+                new[message_id] = entry
+            if max_pending is not None and len(self._outbox.entries) + len(new) > max_pending:
+                return OverloadedError("too many messages are pending")
+            for message_id, entry in new.items():
+                self._save(entry, message_id, now)
+            return None
 
     def get(self, message_id: str) -> MessageStatus:
         """See `Repository`."""
@@ -281,6 +293,15 @@ class InMemoryRepository(Repository):
             if not self._retention:
                 return None
             return max(0.0, slices[0][0] - now) if slices else self._retention
+
+    def _save(self, entry: Entry, message_id: str, now: float) -> None:
+        entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
+        self._records[message_id] = _IN_OUTBOX
+        self._outbox.add(entry)
+        if entry.fingerprint is not None:
+            self._fingerprints[message_id] = entry.fingerprint
+        elif self._fingerprints:  # one may be left of a message whose time is over and that is not forgotten yet
+            self._fingerprints.pop(message_id, None)
 
     def _unsent(self, batch: Batch) -> list[Entry]:
         """What of the batch is still claimed; an entry is compared as an object."""

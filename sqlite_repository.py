@@ -67,6 +67,10 @@ class SqliteRepository(Repository):
         """See `Repository`."""
         return self._commits.change(functools.partial(self._tables.insert, max_pending), entries)
 
+    def save_together(self, entries: Sequence[Entry], max_pending: int | None = None) -> Exception | None:
+        """See `Repository`. The whole list is one item of a group commit: it is never divided."""
+        return self._commits.change(functools.partial(self._tables.insert_together, max_pending), [entries])[0]
+
     def get(self, message_id: str) -> MessageStatus:
         """See `Repository`; the status as last acknowledged."""
         with self._file.reader() as db:

@@ -145,8 +145,7 @@ class Tables:
         """`Repository.save_all`."""
         ids = _rows(entry.message.message_id for entry in entries)
         known = dict(_execute(self._db, FINGERPRINTS, ids, last=(self._forgotten(),)))
-        backlog = self.claims.backlog + len(self._change.saved) - self._change.leaving
-        room = math.inf if max_pending is None else max_pending - backlog
+        room = self._room(max_pending)
         new: list[Entry] = []
         errors: list[Exception | None] = []
         for entry in entries:
@@ -161,6 +160,10 @@ class Tables:
                 errors.append(None)
         self._insert(new)
         return errors
+
+    def insert_together(self, max_pending: int | None, lists: Sequence[Sequence[Entry]]) -> list[Exception | None]:
+        """`Repository.save_together` for each of the lists."""
+        return [self._insert_whole(max_pending, entries) for entries in lists]
 
     def update(self, items: Sequence[tuple[str, MessageStatus | Reason]]) -> list[Exception | None]:
         """`Repository.update_all`."""
@@ -217,6 +220,24 @@ class Tables:
         """Writes to the file what it holds already."""
         self._db.execute(f"PRAGMA user_version = {VERSION}")
         return [None]
+
+    def _room(self, max_pending: int | None) -> float:
+        """For how many messages there is room."""
+        backlog = self.claims.backlog + len(self._change.saved) - self._change.leaving
+        return math.inf if max_pending is None else max_pending - backlog
+
+    def _insert_whole(self, max_pending: int | None, entries: Sequence[Entry]) -> Exception | None:
+        ids = _rows(entry.message.message_id for entry in entries)
+        known = dict(_execute(self._db, FINGERPRINTS, ids, last=(self._forgotten(),)))
+        for entry in entries:
+            message_id = entry.message.message_id
+            if message_id in known:
+                return DuplicateMessageError(message_id, known[message_id])
+            known[message_id] = entry.fingerprint
+        if len(entries) > self._room(max_pending):
+            return OverloadedError("too many messages are pending")
+        self._insert(entries)
+        return None
 
     def _insert(self, entries: Sequence[Entry]) -> None:
         now, epoch, messages, outbox = self._clock.monotonic(), self._clock.epoch, [], []

@@ -105,6 +105,23 @@ BEGIN
     PERFORM smsproxy.pull_back(first);
     RETURN QUERY SELECT unnest(saved);
 END $$;
+
+-- The same for all or none. Of two that race for an ID the second one waits for the first, in order of the IDs; what it
+-- had saved before is undone with it.
+CREATE FUNCTION smsproxy.save_together(ids text[], phone_numbers text[], contents bytea[], fingerprints bytea[],
+                                       lingers float8[], defaults boolean[], max_ages float8[], retention float8)
+RETURNS SETOF text LANGUAGE plpgsql AS $$
+DECLARE
+    saved text[];
+BEGIN
+    saved := ARRAY(SELECT smsproxy.save(ids, phone_numbers, contents, fingerprints, lingers, defaults, max_ages, retention));
+    IF cardinality(saved) < cardinality(ids) THEN
+        RAISE EXCEPTION USING ERRCODE = 'SMS01';
+    END IF;
+    RETURN QUERY SELECT unnest(saved);
+EXCEPTION WHEN SQLSTATE 'SMS01' THEN
+    RETURN;
+END $$;
 """
 
 CLAIM = r"""

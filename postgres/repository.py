@@ -23,7 +23,7 @@ from .connections import Database
 from .leases import Lease, Leases
 from .schema import prepare
 from .statements import (
-    AGES, CANCEL, CHECK, CLAIM, COUNT, EXPIRE, FORGET, HANDED_OVER, HASTEN, KNOWN, RELEASE, SAVE, SIZE, STATUS, UNSENT,
+    AGES, CANCEL, CHECK, CLAIM, COUNT, EXPIRE, FORGET, HANDED_OVER, HASTEN, KNOWN, RELEASE, SAVE, SAVE_TOGETHER, SIZE, STATUS, UNSENT,
     UPDATE,
 )  # fmt: skip
 
@@ -39,6 +39,7 @@ EXPIRY_LOOK = 1.0  # seconds, longest time between two looks for what expired, w
 EXPIRY_LOOK_IDLE = 2.0  # seconds, the same while nothing does; another process's message may, and that process may die
 HASTEN_STEP = 5_000  # messages that are brought forward in one statement, during which nobody claims
 LONGEST = 1e9  # seconds, some thirty years; PostgreSQL refuses times further away than some 300,000
+TRIES = 3  # for a list whose messages are known in one statement and forgotten in the next
 SLICE = 60.0  # seconds, longest; times of changes are rounded up to slices, so most changes leave the index alone
 
 
@@ -94,20 +95,46 @@ class PostgresRepository(Repository):
         if room < len(fresh):  # those that are known are told so, however full it is
             known = self._known(fresh)
             fresh = dict([item for item in fresh.items() if item[0] not in known][:room])
-        saved, again = self._insert(list(fresh.values())) if fresh else (set(), False)
+        saved, again = self._insert(SAVE, list(fresh.values())) if fresh else (set(), False)
         if missing := fresh.keys() - saved:
             found = self._known(missing)
-            if again:  # what had no key got an ID that nobody can have used before: our first try saved it
-                saved |= {each for each in missing if (found.get(each, b""), fresh[each].fingerprint) == (None, None)}
+            if again:
+                saved |= _saved_before({each: fresh[each] for each in missing}, found)
             known.update(found)
         known.update((each, fresh[each].fingerprint) for each in saved)
-        now, errors = self._clock(), list[Exception | None]()
+        self._stamp(entries)
+        errors: list[Exception | None] = []
         for entry in entries:
-            entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
             message_id = entry.message.message_id
             ours = message_id in saved and fresh[message_id] is entry
             errors.append(None if ours else _not_saved(message_id, known))
         return errors
+
+    def save_together(self, entries: Sequence[Entry], max_pending: int | None = None) -> Exception | None:
+        """See `Repository`. One statement, and a second one if nothing could be saved."""
+        fresh: dict[str, Entry] = {}
+        for entry in entries:
+            message_id = entry.message.message_id
+            if not _storable(message_id) or message_id in fresh:
+                return _not_saved(message_id, {each: one.fingerprint for each, one in fresh.items()})
+            fresh[message_id] = entry
+        room = max_pending is None or self._room(len(fresh), max_pending) >= len(fresh)
+        for _ in range(TRIES if fresh else 0):
+            saved, again = self._insert(SAVE_TOGETHER, entries) if room else (set(), False)
+            known = {} if saved else self._known(fresh)
+            if saved or (again and _saved_before(fresh, known) == fresh.keys()):
+                self._stamp(entries)
+                return None
+            if duplicate := next(filter(known.__contains__, fresh), None):
+                return DuplicateMessageError(duplicate, known[duplicate])
+            if not room:
+                break
+        return OverloadedError("too many messages are pending") if fresh else None
+
+    def _stamp(self, entries: Sequence[Entry]) -> None:
+        now = self._clock()
+        for entry in entries:
+            entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
 
     def _room(self, wanted: int, max_pending: int) -> int:
         """How many of so many messages may be saved."""
@@ -116,7 +143,7 @@ class PostgresRepository(Repository):
             room = max_pending - self._backlog.recount().pending
         return max(0, room)
 
-    def _insert(self, entries: Sequence[Entry]) -> tuple[set[str], bool]:
+    def _insert(self, statement: str, entries: Sequence[Entry]) -> tuple[set[str], bool]:
         messages = [entry.message for entry in entries]
         columns = (
             [message.message_id for message in messages],
@@ -130,7 +157,7 @@ class PostgresRepository(Repository):
         self._backlog.add(len(entries), len(entries))  # at once: others are saving, too
         saved: set[str] = set()
         try:
-            rows, again = self._database.run_again(lambda again: (SAVE, (*columns, self._retention)))
+            rows, again = self._database.run_again(lambda again: (statement, (*columns, self._retention)))
             saved = {row[0] for row in rows}
         finally:
             self._backlog.add(len(saved) - len(entries), len(saved) - len(entries))
@@ -298,6 +325,12 @@ class PostgresRepository(Repository):
         """
         self._database.close()
         self._leases.close(time.monotonic() + CLOSE_TIMEOUT)
+
+
+def _saved_before(entries: Mapping[str, Entry], known: Mapping[str, bytes | None]) -> set[str]:
+    """What the first try of a statement saved whose answer was lost: what had no key got an ID that nobody can have
+    used before."""
+    return {each for each, entry in entries.items() if (known.get(each, b""), entry.fingerprint) == (None, None)}
 
 
 def _not_saved(message_id: str, known: Mapping[str, bytes | None]) -> Exception:

@@ -9,13 +9,14 @@ from message_model import TRANSITIONS
 
 __all__ = [
     "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "KNOWN", "RELEASE", "RENEW",
-    "SAVE", "SIZE", "STATUS", "UNSENT", "UPDATE",
+    "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE",
 ]  # fmt: skip
 
 SAVE = """
 SELECT * FROM smsproxy.save(
     %s::text[], %s::text[], %s::bytea[], %s::bytea[], %s::float8[], %s::boolean[], %s::float8[], %s::float8)
 """
+SAVE_TOGETHER = SAVE.replace("smsproxy.save(", "smsproxy.save_together(")
 KNOWN = """
 SELECT id, fingerprint FROM smsproxy.message WHERE id = ANY (%s::text[])
 AND (changed_at > clock_timestamp() - %s::float8 * interval '1 s') IS NOT FALSE

@@ -95,6 +95,78 @@ class RepositoryContract:
         assert batch is not None
         assert [each.message for each in batch.entries] == [Message("48123456789", content, name(1))]
 
+    def test_a_list_is_stored_as_a_whole_each_message_at_its_place(self, repository: Repository) -> None:
+        assert repository.save_all([entry(0, linger=300.0)]) == [None]
+        assert repository.save_together([entry(1, linger=900.0), *entries([2, 3]), entry(4, linger=60.0)], 5) is None
+        assert [repository.get(name(number)) for number in range(5)] == [ACCEPTED] * 5
+        assert (repository.backlog(), repository.save_together([], 5)) == (5, None)
+        assert self.numbers(repository.claim(5, 0.0, flush=True).batch) == [2, 3, 4, 0, 1]
+
+    def test_of_a_list_with_an_id_that_is_stored_nothing_is(self, repository: Repository) -> None:
+        repository.save_all([entry(7, fingerprint=b"one" * 5), entry(8)])
+        for numbers, duplicate in ([1, 2, 8, 7], 8), ([7, 1], 7), ([1, 2, 1], 1):
+            error = repository.save_together(entries(numbers), 100)
+            assert isinstance(error, DuplicateMessageError)
+            assert (error.message_id, error.fingerprint) == (name(duplicate), b"one" * 5 if duplicate == 7 else None)
+        assert [repository.get(name(number)) for number in (1, 2)] == [NOT_FOUND] * 2
+        assert self.numbers(repository.claim(9, 0.0).batch) == [7, 8]
+
+    def test_a_list_for_which_there_is_not_room_is_not_stored_and_duplicates_are_told_first(
+        self, repository: Repository
+    ) -> None:
+        repository.save_all(entries(range(3)))
+        assert isinstance(repository.save_together(entries([3, 4, 5]), 5), OverloadedError)
+        assert isinstance(repository.save_together(entries([3, 4, 1]), 5), DuplicateMessageError)
+        assert (repository.get(name(3)), repository.backlog()) == (NOT_FOUND, 3)
+        assert repository.save_together(entries([3, 4]), 5) is None
+        assert repository.backlog() == 5
+
+    def test_a_list_of_a_thousand_with_times_of_their_own(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
+        many = [entry(number, linger=900.0, max_age=50.0 if number % 2 else math.inf) for number in range(1_000)]
+        assert repository.save_together(many, 1_000) is None
+        assert repository.backlog() == 1_000
+        age(60.0)
+        assert len(repository.expire()[0]) == 500
+        assert self.numbers(repository.claim(1_000, 0.0, flush=True).batch) == list(range(0, 1_000, 2))
+
+    def test_a_forgotten_id_is_no_obstacle_to_a_list(self, repository: Repository, age: Callable[[float], None]) -> None:
+        repository.save_all([entry(1, fingerprint=b"old" * 5)])
+        repository.update_all({name(1): DELIVERED})
+        age(1.1 * RETENTION)
+        assert repository.save_together(entries([0, 1])) is None
+        [error] = repository.save_all([entry(1)])
+        assert isinstance(error, DuplicateMessageError) and error.fingerprint is None
+
+    @pytest.mark.parametrize("turn", range(5))
+    def test_of_two_lists_that_race_for_ids_nothing_of_the_loser_is_stored(
+        self, repository: Repository, turn: int
+    ) -> None:
+        lists = {
+            b"short": [entry(number, fingerprint=b"short") for number in range(200)],
+            b"long": [entry(number, fingerprint=b"long") for number in [*range(900, 199, -1), *range(200)]],
+            b"other": [entry(number, fingerprint=b"other") for number in range(150, 700)],
+        }
+        results: dict[bytes, Exception | None] = {}
+        start = threading.Barrier(len(lists))
+
+        def save(which: bytes) -> None:
+            start.wait(HANG)
+            results[which] = repository.save_together(lists[which])
+
+        threads = [threading.Thread(target=save, args=(which,)) for which in lists]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG)
+        [winner] = [which for which, error in results.items() if error is None]
+        errors = [error for error in results.values() if error is not None]
+        assert all(isinstance(error, DuplicateMessageError) and error.fingerprint == winner for error in errors)
+        assert len(errors) == 2
+        numbers = sorted(int(each.message.message_id[-12:], 16) for each in lists[winner])
+        assert sorted(self.numbers(repository.claim(2_000, 0.0).batch)) == numbers
+
     # Statuses
 
     @pytest.mark.parametrize("message_id", ODD_IDS)
