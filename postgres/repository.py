@@ -102,7 +102,7 @@ class PostgresRepository(Repository):
                 saved |= _saved_before({each: fresh[each] for each in missing}, found)
             known.update(found)
         known.update((each, fresh[each].fingerprint) for each in saved)
-        self._stamp(entries)
+        _stamp(entries, self._clock())
         errors: list[Exception | None] = []
         for entry in entries:
             message_id = entry.message.message_id
@@ -123,18 +123,13 @@ class PostgresRepository(Repository):
             saved, again = self._insert(SAVE_TOGETHER, entries) if room else (set(), False)
             known = {} if saved else self._known(fresh)
             if saved or (again and _saved_before(fresh, known) == fresh.keys()):
-                self._stamp(entries)
+                _stamp(entries, self._clock())
                 return None
             if duplicate := next(filter(known.__contains__, fresh), None):
                 return DuplicateMessageError(duplicate, known[duplicate])
             if not room:
                 break
         return OverloadedError("too many messages are pending") if fresh else None
-
-    def _stamp(self, entries: Sequence[Entry]) -> None:
-        now = self._clock()
-        for entry in entries:
-            entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
 
     def _room(self, wanted: int, max_pending: int) -> int:
         """How many of so many messages may be saved."""
@@ -144,20 +139,10 @@ class PostgresRepository(Repository):
         return max(0, room)
 
     def _insert(self, statement: str, entries: Sequence[Entry]) -> tuple[set[str], bool]:
-        messages = [entry.message for entry in entries]
-        columns = (
-            [message.message_id for message in messages],
-            [message.phone_number for message in messages],
-            [message.message.encode() for message in messages],
-            [entry.fingerprint for entry in entries],
-            [float(entry.linger) for entry in entries],
-            [entry.default_linger for entry in entries],
-            [float(entry.max_age) for entry in entries],
-        )
         self._backlog.add(len(entries), len(entries))  # at once: others are saving, too
         saved: set[str] = set()
         try:
-            rows, again = self._database.run_again(lambda again: (statement, (*columns, self._retention)))
+            rows, again = self._database.run_again(lambda again: (statement, (*_columns(entries), self._retention)))
             saved = {row[0] for row in rows}
         finally:
             self._backlog.add(len(saved) - len(entries), len(saved) - len(entries))
@@ -325,6 +310,25 @@ class PostgresRepository(Repository):
         """
         self._database.close()
         self._leases.close(time.monotonic() + CLOSE_TIMEOUT)
+
+
+def _columns(entries: Sequence[Entry]) -> tuple[list[Any], ...]:
+    """What `save` in the database takes, but for the last parameter."""
+    messages = [entry.message for entry in entries]
+    return (
+        [message.message_id for message in messages],
+        [message.phone_number for message in messages],
+        [message.message.encode() for message in messages],
+        [entry.fingerprint for entry in entries],
+        [float(entry.linger) for entry in entries],
+        [entry.default_linger for entry in entries],
+        [float(entry.max_age) for entry in entries],
+    )
+
+
+def _stamp(entries: Sequence[Entry], now: float) -> None:
+    for entry in entries:
+        entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
 
 
 def _saved_before(entries: Mapping[str, Entry], known: Mapping[str, bytes | None]) -> set[str]:

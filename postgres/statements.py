@@ -8,8 +8,8 @@ from __future__ import annotations
 from message_model import TRANSITIONS
 
 __all__ = [
-    "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "KNOWN", "RELEASE", "RENEW",
-    "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE",
+    "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "KNOWN", "RELEASE",
+    "RENEW", "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE",
 ]  # fmt: skip
 
 SAVE = """
