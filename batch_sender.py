@@ -70,8 +70,8 @@ class Sender:
             log.warning("a lease is lost, so others send: %s", named(before.ids))
             job.batch = replace(before, entries=())
         now = self._clock()
-        while expired := job.batch.only(lambda entry: entry.expires_at <= now).ids:
-            job.batch = job.batch.only(lambda entry: entry.expires_at > now)
+        while expired := [entry.message.message_id for entry in job.batch.entries if entry.expires_at <= now]:
+            job.batch = replace(job.batch, entries=tuple([each for each in job.batch.entries if each.expires_at > now]))
             self.give_up(expired, Reason.EXPIRED)  # may take long
             now = self._clock()
         if not job.batch.entries and job.error is not None:
@@ -172,7 +172,7 @@ class Sender:
         return ()
 
     def _release_riders(self, job: Job) -> None:
-        """Puts what is not due back into the outbox. A batch of which nothing is due left because it is full: it stays."""
+        """Puts what is not due back into the outbox. A batch of which nothing is due left as a full one: it stays."""
         now = self._clock()
         if job.batch.entries[0].due > now or job.batch.entries[-1].due <= now:
             return

@@ -17,7 +17,13 @@ from batch_sender import GiveUp, Sender
 from fastsmsing import FastSmsingClient
 from incident_log import Incident, counted, location, named
 from message_model import (
-    ClientResult, ClosedError, Entry, OverloadedError, Reason, RepositoryUnavailableError, SendMessage,
+    ClientResult,
+    ClosedError,
+    Entry,
+    OverloadedError,
+    Reason,
+    RepositoryUnavailableError,
+    SendMessage,
 )  # fmt: skip
 from service_metrics import Metrics
 from worker_threads import GRACE, Deadline, work_in_background
@@ -44,8 +50,9 @@ class SimpleBatchingClient:
 
     `statistics` gets one `ClientResult` per batch that was sent as one, from a thread of its own, and only
     ever delays itself. `give_up` gets the messages given up with their reasons, and records them; it may
-    block. `remind` is told in how many seconds a message expires, so that somebody calls `expire` then. `clock` (seconds; the repository's, too) and `rng` (uniform in 0..1) are there for tests. Without
-    `autostart` the threads start with `start`.
+    block. `remind` is told in how many seconds a message expires, so that somebody calls `expire` then. `clock`
+    (seconds; the repository's, too) and `rng` (uniform in 0..1) are there for tests. Without `autostart` the threads
+    start with `start`.
     """
 
     def __init__(
@@ -110,7 +117,9 @@ class SimpleBatchingClient:
             saved: Sequence[Entry] = ()
             try:
                 errors = self._repository.save_all(entries, self.config.max_pending)
-                saved = [entry for entry, error in zip(entries, errors) if error is None] if any(errors) else entries
+                saved = entries
+                if any(errors):
+                    saved = [entry for entry, error in zip(entries, errors, strict=True) if error is None]
             except Exception as error:  # whatever it is, each of them gets to know
                 errors = [error] * len(entries)
             finally:

@@ -1,4 +1,4 @@
-"""What the log may say: errors without their text, IDs that are ours, one line in place of a thousand for what repeats."""
+"""What the log may say: errors without their text, IDs that are ours, one line for a thousand of what repeats."""
 from __future__ import annotations
 
 import contextlib
@@ -54,7 +54,8 @@ class Incident:
     PAUSE = 60.0  # seconds between two lines about the same error
 
     def __init__(
-        self, logger: logging.Logger, what: str, *, level: int = logging.ERROR, clock: Callable[[], float] = time.monotonic
+        self, logger: logging.Logger, what: str, *, level: int = logging.ERROR,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log, self._what, self._level, self._clock = logger, what, level, clock
         self._lock = threading.Lock()  # guards the following

@@ -31,8 +31,8 @@ from command_line import Settings, __version__, is_url, program, read_settings
 from fastsmsing import FastSmsingClient, InMemoryClient
 from http_front import FrontServer
 from http_protocol import Limits
+from incident_log import counted
 from process_control import (
-    Deadline,
     ProcessError,
     Reactions,
     Signals,
@@ -52,6 +52,7 @@ from smsproxy import (
     ValidationError,
 )
 from sqlite_repository import SqliteRepository, check_file
+from worker_threads import Deadline
 
 log = logging.getLogger("smsproxy.main")
 
@@ -169,11 +170,6 @@ def shown_address(address: Any) -> str:
     return f"the Unix socket {path.replace(chr(0), '@', 1) or 'without a name'}"
 
 
-def shown_messages(number: int) -> str:
-    """So many messages."""
-    return f"{number} message{'' if number == 1 else 's'}"
-
-
 # Running
 
 
@@ -193,7 +189,7 @@ class Service:
             # It listens before anything is sent: of two processes with one port the second fails here.
             self._server = make_server(settings, self._api, listener)
             undo.callback(self._server.server_close)
-            log.info("in the outbox: %s", shown_messages(self._repository.backlog()))
+            log.info("in the outbox: %s", counted(self._repository.backlog(), "message"))
             # Before anything is sent: from now on a signal has to wait for requests that are under way.
             signals.react(Reactions(self._stop, self._reload, self._wake, settings.drain_timeout))
             self._proxy.start()
@@ -206,14 +202,14 @@ class Service:
         self._server.serve_forever()
         notify(self._environ, "STOPPING=1")
         log.info("stopping: no new requests; handing over what is pending")
-        deadline = self._deadline or Deadline.after(self._settings.drain_timeout)
-        left = self._proxy.stop(deadline.left())
+        deadline = self._deadline or Deadline(self._settings.drain_timeout)
+        left = self._proxy.stop(deadline.left)
         self._server.server_close()
         if left:
-            log.error("stopped; %s could not be handed over", shown_messages(left))
+            log.error("stopped; %s could not be handed over", counted(left, "message"))
         elif self._repository.durable:
             kept = last_step(self._repository.backlog)
-            waits = "an unknown number of messages" if kept is None else shown_messages(kept)
+            waits = "an unknown number of messages" if kept is None else counted(kept, "message")
             log.info("stopped; for the next start wait in the outbox: %s", waits)
         else:
             log.info("stopped; nothing is left to be handed over")
@@ -223,8 +219,8 @@ class Service:
     # In signal handlers
 
     def _stop(self) -> None:
-        self._deadline = Deadline.after(self._settings.drain_timeout)
-        self._server.shutdown(self._deadline.left())
+        self._deadline = Deadline(self._settings.drain_timeout)
+        self._server.shutdown(self._deadline.left)
         self._server.call_soon(self._proxy.drain)  # side by side with the end of HTTP, not after it
 
     def _reload(self) -> None:

@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository, look
 from message_model import (
-    STATUS_OF, TRANSITIONS, Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, SmsProxyError,
+    STATUS_OF,
+    TRANSITIONS,
+    Batch,
+    DuplicateMessageError,
+    Entry,
+    MessageStatus,
+    OverloadedError,
+    Reason,
+    SmsProxyError,
     check_transition,
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ __all__ = ["NewIds", "id_of_key", "is_ours", "time_of"]
 
 _OURS = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[78][0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
-_VARIANTS = dict(zip("0123456789abcdef", 4 * "89ab"))  # RFC 9562, 4.1: the variant's bits are 10
+_VARIANTS = dict(zip("0123456789abcdef", 4 * "89ab", strict=True))  # RFC 9562, 4.1: the variant's bits are 10
 
 
 class NewIds:

@@ -11,10 +11,10 @@ import fastsmsing
 from fastsmsing import Message
 
 __all__ = [
-    "FINAL_STATUSES", "STATUS_OF", "TRANSITIONS", "Batch", "ClientResult", "ClosedError", "DuplicateMessageError", "Entry",
-    "IdempotencyError", "MessageStatus", "OverloadedError", "Reason", "RepositoryUnavailableError", "SendMessage",
-    "SendingResult", "SmsProxyError", "StatusTransitionError", "UnknownMessageError", "UnknownStatusError",
-    "ValidationError", "check_transition", "map_to_internal_status",
+    "FINAL_STATUSES", "STATUS_OF", "TRANSITIONS", "Batch", "ClientResult", "ClosedError", "DuplicateMessageError",
+    "Entry", "IdempotencyError", "MessageStatus", "OverloadedError", "Reason", "RepositoryUnavailableError",
+    "SendMessage", "SendingResult", "SmsProxyError", "StatusTransitionError", "UnknownMessageError",
+    "UnknownStatusError", "ValidationError", "check_transition", "map_to_internal_status",
 ]  # fmt: skip
 
 LONGEST_MESSAGE = 1_600  # code points: ten concatenated parts, as most providers limit it
@@ -162,7 +162,8 @@ class SendMessage:
         if self.max_delay is not None and not _is_time(self.max_delay):
             raise ValidationError("max_delay", f"must be a number of seconds from 0 to {LONGEST_TIME:,.0f}")
         if self.max_age is not None and not (_is_time(self.max_age) and self.max_age > 0):
-            raise ValidationError("max_age", f"must be a number of seconds, more than 0 and at most {LONGEST_TIME:,.0f}")
+            problem = f"must be a number of seconds, more than 0 and at most {LONGEST_TIME:,.0f}"
+            raise ValidationError("max_age", problem)
 
     def to_message(self, message_id: str) -> Message:
         """The message as FastSMSing gets it."""

@@ -28,7 +28,7 @@ except ImportError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
 __all__ = [
-    "Deadline", "JsonFormatter", "OWN_DESCRIPTORS", "ProcessError", "Reactions", "Signals", "TextFormatter",
+    "JsonFormatter", "OWN_DESCRIPTORS", "ProcessError", "Reactions", "Signals", "TextFormatter",
     "allowed_connections", "configure_logging", "notify", "passed_socket", "within",
 ]  # fmt: skip
 
@@ -47,22 +47,6 @@ WAKE = b"\0"  # no signal has this number
 
 class ProcessError(Exception):
     """The process was started in a way that cannot work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """A moment on the monotonic clock, until which something has to be over."""
-
-    at: float
-
-    @classmethod
-    def after(cls, seconds: float) -> Deadline:
-        """So many seconds from now."""
-        return cls(time.monotonic() + seconds)
-
-    def left(self) -> float:
-        """Seconds that remain; 0.0 when it is over."""
-        return max(0.0, self.at - time.monotonic())
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:

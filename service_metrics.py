@@ -112,7 +112,7 @@ class Histogram(Metric):
             with self._lock:
                 row = list(self._rows[value])
             total = 0.0
-            for bound, count in zip((*self._bounds, "+Inf"), row):
+            for bound, count in zip((*self._bounds, "+Inf"), row, strict=False):  # the last of the row is the sum
                 total += count
                 limit = f'le="{bound}"'
                 yield f"{self._series('_bucket', labels, limit)} {total:.15g}"
@@ -148,8 +148,8 @@ class Metrics(MetricSet):
                                 [reason.value for reason in Reason])  # fmt: skip
         self.final = Counter("smsproxy_messages_final_total", "Messages that reached a final status.", "status",
                              sorted(status.value for status in FINAL_STATUSES))  # fmt: skip
-        self.batches = Counter("smsproxy_batches_total", "Batches by how they ended; a rejected one is split.", "result",
-                               ("handed_over", "split", "given_up"))  # fmt: skip
+        self.batches = Counter("smsproxy_batches_total", "Batches by how they ended; a rejected one is split.",
+                               "result", ("handed_over", "split", "given_up"))  # fmt: skip
         self.batch_messages = Histogram("smsproxy_batch_messages", "Messages in a request.",
                                         (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))  # fmt: skip
         self.lead_delay = Histogram("smsproxy_batch_lead_delay_seconds",
@@ -158,7 +158,8 @@ class Metrics(MetricSet):
         self.requests = Counter("smsproxy_provider_requests_total", "Requests to FastSMSing, billed each.", "result",
                                 REQUEST_RESULTS)  # fmt: skip
         self.request_duration = Histogram("smsproxy_provider_request_duration_seconds",
-                                          "Duration of requests to FastSMSing.", SHORT, "result", REQUEST_RESULTS)  # fmt: skip
+                                          "Duration of requests to FastSMSing.", SHORT,
+                                          "result", REQUEST_RESULTS)  # fmt: skip
         self.handover_wait = Histogram("smsproxy_handover_wait_seconds", "Time from acceptance to the hand-over.", LONG)
         self.final_time = Histogram("smsproxy_final_status_seconds", "Time from acceptance to a final status.", LONG)
         self.reports = Counter("smsproxy_status_updates_total", "Delivery reports, by what became of them.", "result",

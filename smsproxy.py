@@ -19,9 +19,26 @@ from incident_log import Incident, describe
 from memory_repository import InMemoryRepository
 from message_ids import NewIds, id_of_key, is_ours
 from message_model import (
-    FINAL_STATUSES, TRANSITIONS, Batch, ClientResult, ClosedError, DuplicateMessageError, Entry, IdempotencyError,
-    MessageStatus, OverloadedError, Reason, RepositoryUnavailableError, SendingResult, SendMessage, SmsProxyError,
-    StatusTransitionError, UnknownMessageError, UnknownStatusError, ValidationError, check_transition,
+    FINAL_STATUSES,
+    TRANSITIONS,
+    Batch,
+    ClientResult,
+    ClosedError,
+    DuplicateMessageError,
+    Entry,
+    IdempotencyError,
+    MessageStatus,
+    OverloadedError,
+    Reason,
+    RepositoryUnavailableError,
+    SendingResult,
+    SendMessage,
+    SmsProxyError,
+    StatusTransitionError,
+    UnknownMessageError,
+    UnknownStatusError,
+    ValidationError,
+    check_transition,
     map_to_internal_status,
 )  # fmt: skip
 from service_metrics import Counter, Gauge, Histogram, Metrics, MetricSet
@@ -31,10 +48,11 @@ from worker_threads import GRACE, Deadline
 __all__ = [
     "FINAL_STATUSES", "RETENTION", "TRANSITIONS", "Ages", "Batch", "Claim", "ClientResult", "ClientStatistics",
     "ClosedError", "Counter", "DuplicateMessageError", "Entry", "Gauge", "Histogram", "IdempotencyError",
-    "InMemoryRepository", "Incident", "MessageStatus", "MetricSet", "Metrics", "OverloadedError", "Reason", "Repository",
-    "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy", "SmsProxyConfig",
-    "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater", "UnknownMessageError",
-    "UnknownStatusError", "ValidationError", "check_transition", "describe", "is_ours", "map_to_internal_status",
+    "InMemoryRepository", "Incident", "MessageStatus", "MetricSet", "Metrics", "OverloadedError", "Reason",
+    "Repository", "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy",
+    "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater",
+    "UnknownMessageError", "UnknownStatusError", "ValidationError", "check_transition", "describe", "is_ours",
+    "map_to_internal_status",
 ]  # fmt: skip
 
 log = logging.getLogger("smsproxy")
@@ -111,7 +129,9 @@ class SmsProxy:
         Blocks for the repository only.
         """
         errors = self._batching.accept_all(entries)
-        return [error and _refusal(error, entry) for entry, error in zip(entries, errors)] if any(errors) else errors
+        if not any(errors):
+            return errors
+        return [error and _refusal(error, entry) for entry, error in zip(entries, errors, strict=True)]
 
     def send(self, message: SendMessage, idempotency_key: str | None = None) -> SendingResult:
         """Accepts a message; blocks for the repository only.

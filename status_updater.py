@@ -15,8 +15,16 @@ from base_repository import Repository
 from incident_log import Incident, counted, location, named
 from message_ids import time_of
 from message_model import (
-    FINAL_STATUSES, STATUS_OF, TRANSITIONS, MessageStatus, Reason, RepositoryUnavailableError, StatusTransitionError,
-    UnknownMessageError, UnknownStatusError, map_to_internal_status,
+    FINAL_STATUSES,
+    STATUS_OF,
+    TRANSITIONS,
+    MessageStatus,
+    Reason,
+    RepositoryUnavailableError,
+    StatusTransitionError,
+    UnknownMessageError,
+    UnknownStatusError,
+    map_to_internal_status,
 )  # fmt: skip
 from service_metrics import Metrics
 from worker_threads import GRACE, Deadline, persist, work_in_background

@@ -1,4 +1,4 @@
-"""What a policy costs: replays arrivals through the real batching client in virtual time; prints tables, draws pictures.
+"""What a policy costs: replays arrivals through the real batching client in virtual time; tables and pictures.
 
     python tests/cost_report.py [--messages 20000] [--seed 1] [--svg docs] [--day]
 
@@ -33,8 +33,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastsmsing import FastSmsingError  # noqa: E402
-from simulation import Request, Shop, World  # noqa: E402
+from fastsmsing import FastSmsingError
+from simulation import Request, Shop, World
 
 HOURS = (1, 1, 1, 1, 1, 2, 4, 7, 10, 12, 13, 13, 14, 13, 12, 12, 13, 14, 16, 18, 17, 12, 6, 3)  # a shop's day
 
@@ -121,8 +121,8 @@ def replay(trace: Trace, policy: Policy) -> Cost:
 
     doomed: set[Request] = set()
     shop = Shop(world, judge, latency=latency, ids="{}", batch_size=policy.batch_size, max_delay=policy.linger)
-    lingers = trace.lingers or itertools.repeat(None)
-    for time, linger in zip(trace.arrivals, lingers):
+    lingers: Sequence[float | None] = trace.lingers or [None] * len(trace.arrivals)
+    for time, linger in zip(trace.arrivals, lingers, strict=True):
         world.wait(time - world.now)
         shop.post(max_delay=linger)
     world.wait(max((linger or 0.0 for linger in trace.lingers), default=policy.linger) + policy.linger)
@@ -167,7 +167,7 @@ def shops_day(seed: int, hours: float = 10, newsletters: int = 2, readers: int =
 
 def optimum_by_due(trace: Trace, batch_size: int) -> int:
     """The fewest requests by which every message can leave when it is due; see the top of this file."""
-    arriving = sorted(zip(trace.arrivals, trace.lingers))
+    arriving = sorted(zip(trace.arrivals, trace.lingers, strict=True))
     waiting: list[float] = []  # a heap of due times
     requests = position = 0
     while position < len(arriving) or waiting:
@@ -185,7 +185,7 @@ def day_rows(trace: Trace) -> Iterator[tuple[str, int, bool]]:
     """Of each way to send the day: its name, the requests, and whether every code left in time."""
 
     def in_time(cost: Cost, part: Trace) -> bool:
-        waits = [wait for wait, linger in zip(cost.by_message, part.lingers) if linger == CODE]
+        waits = [wait for wait, linger in zip(cost.by_message, part.lingers, strict=True) if linger == CODE]
         return not waits or max(waits) <= CODE + LATE
 
     for linger in (5.0, 1.0):
@@ -193,7 +193,7 @@ def day_rows(trace: Trace) -> Iterator[tuple[str, int, bool]]:
         yield f"one linger of {linger:g} s for all", cost.requests, in_time(cost, trace)
     requests, good = 0, True
     for linger in sorted(set(trace.lingers)):
-        times = [time for time, each in zip(trace.arrivals, trace.lingers) if each == linger]
+        times = [time for time, each in zip(trace.arrivals, trace.lingers, strict=True) if each == linger]
         part = Trace(times, [linger] * len(times))
         cost = replay(part, Policy(linger=linger))
         requests, good = requests + cost.requests, good and in_time(cost, part)
@@ -222,8 +222,9 @@ class Row:
 
     def __str__(self) -> str:
         policy = self.policy
-        return (f"| {self.trace} | {policy.batch_size} | {policy.linger:g} s | {policy.latency:g} s | {self.requests:.0f}"
-                f" | {self.p50:.2f} s | {self.p99:.2f} s | {self.optimum / self.requests:.0%} |")  # fmt: skip
+        return (f"| {self.trace} | {policy.batch_size} | {policy.linger:g} s | {policy.latency:g} s"
+                f" | {self.requests:.0f} | {self.p50:.2f} s | {self.p99:.2f} s"
+                f" | {self.optimum / self.requests:.0%} |")  # fmt: skip
 
 
 HEAD = """\
@@ -245,7 +246,14 @@ def rows(traces: Mapping[str, Trace], policies: Sequence[Policy] = POLICIES) -> 
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 860, 460, 70, 50, 260, 60  # pixels
 X_TICKS, Y_TICKS = (0.5, 1, 2, 5, 10, 30), (10, 20, 50, 100, 200, 500, 1000)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#444444")  # told apart by the colour-blind, too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#444444")  # also for the colour-blind
+TITLE = "Paid requests per 1,000 messages over p99 wait"
+
+
+def svg(height: float) -> str:
+    """The first element of a picture."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"'
+            ' font-family="sans-serif" font-size="13">')  # fmt: skip
 
 
 def draw(rows: Sequence[Row]) -> str:
@@ -263,25 +271,32 @@ def draw(rows: Sequence[Row]) -> str:
         return f"{scale(value, Y_TICKS, HEIGHT - BOTTOM, TOP):.1f}"
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13">',
+        svg(HEIGHT),
         "<title>Paid requests per 1,000 messages over the p99 wait, by the linger, for each trace of arrivals</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        f'<text x="{LEFT}" y="26" font-size="16" font-weight="bold">Paid requests per 1,000 messages over p99 wait</text>',
+        f'<text x="{LEFT}" y="26" font-size="16" font-weight="bold">{TITLE}</text>',
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 16}" text-anchor="middle">p99 wait in seconds</text>',
     ]
-    for tick in X_TICKS:
-        parts.append(f'<path d="M{x(tick)} {TOP}V{HEIGHT - BOTTOM}" stroke="#ddd"/>'
-                     f'<text x="{x(tick)}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:g}</text>')  # fmt: skip
-    for tick in Y_TICKS:
-        parts.append(f'<path d="M{LEFT} {y(tick)}H{WIDTH - RIGHT}" stroke="#ddd"/>'
-                     f'<text x="{LEFT - 8}" y="{y(tick)}" dy="4" text-anchor="end">{tick:g}</text>')  # fmt: skip
+    parts += [
+        f'<path d="M{x(tick)} {TOP}V{HEIGHT - BOTTOM}" stroke="#ddd"/>'
+        f'<text x="{x(tick)}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick:g}</text>'
+        for tick in X_TICKS
+    ]
+    parts += [
+        f'<path d="M{LEFT} {y(tick)}H{WIDTH - RIGHT}" stroke="#ddd"/>'
+        f'<text x="{LEFT - 8}" y="{y(tick)}" dy="4" text-anchor="end">{tick:g}</text>'
+        for tick in Y_TICKS
+    ]
     for number, name in enumerate(dict.fromkeys(row.trace for row in rows)):
-        colour, line = COLOURS[number], sorted((row for row in rows if row.trace == name), key=lambda row: row.policy.linger)
+        colour = COLOURS[number]
+        line = sorted((row for row in rows if row.trace == name), key=lambda row: row.policy.linger)
         for dash, values in (("4 4", [row.optimum for row in line]), ("", [row.requests for row in line])):
-            points = " ".join(f"{x(row.p99)},{y(value)}" for row, value in zip(line, values))
-            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>')
+            points = " ".join(f"{x(row.p99)},{y(value)}" for row, value in zip(line, values, strict=True))
+            style = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
+            parts.append(f'<polyline points="{points}" {style}/>')
         parts += [
-            f'<circle cx="{x(row.p99)}" cy="{y(row.requests)}" r="{6 if row.policy == Policy() else 3}" fill="{colour}"/>'
+            f'<circle cx="{x(row.p99)}" cy="{y(row.requests)}"'
+            f' r="{6 if row.policy == Policy() else 3}" fill="{colour}"/>'
             for row in line
         ]
         parts.append(f'<text x="{WIDTH - RIGHT + 24}" y="{TOP + 20 + 24 * number}" fill="{colour}">{name}</text>')
@@ -297,7 +312,7 @@ def draw_day(rows: Sequence[tuple[str, int, bool]]) -> str:
     """An SVG: the requests of each way to send the day, as bars."""
     height, bar, most = 60 + 44 * len(rows), 24, max(requests for _, requests, _ in rows)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
+        svg(height),
         "<title>Paid requests for a shop's day, by the way it is sent</title>",
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
         '<text x="20" y="26" font-size="16" font-weight="bold">Paid requests for a shop\'s day</text>',

@@ -19,8 +19,8 @@ PRODUCT = {**MODULES, **POSTGRES}
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "__main__": ("main",),
     "main": (
-        "command_line", "fastsmsing", "http_front", "http_protocol", "process_control", "restapi", "smsproxy",
-        "sqlite_repository",
+        "command_line", "fastsmsing", "http_front", "http_protocol", "incident_log", "process_control",
+        "restapi", "smsproxy", "sqlite_repository", "worker_threads",
     ),
     "command_line": ("fastsmsing", "smsproxy"),
     "process_control": (),

@@ -41,7 +41,8 @@ def claim(scheduler: Scheduler, now: float, *ids: str, waiting: int = 0) -> Job:
 
 def begin(scheduler: Scheduler, now: float, *ids: str) -> Job:
     job = scheduler.next(now)
-    assert isinstance(job, Job) and job.batch.ids == list(ids)
+    assert isinstance(job, Job)
+    assert job.batch.ids == list(ids)
     job.attempt += 1
     return job
 
@@ -352,7 +353,8 @@ def test_a_drain_looks_for_what_lingers_also_when_it_begins_during_a_look() -> N
     scheduler.drain(0.0)
     scheduler.claimed(Claim(None, 1, 1e6), 0.0)
     look = scheduler.next(0.0)
-    assert isinstance(look, Look) and look.flush
+    assert isinstance(look, Look)
+    assert look.flush
     scheduler.claimed(Claim(batch("a")), 0.0)
     begin(scheduler, 0.0, "a")
     assert scheduler.next(0.0) == math.inf

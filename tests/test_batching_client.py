@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import random
 import threading
@@ -19,7 +20,15 @@ from fastsmsing import FastSmsingError, Message, RejectedError
 from helpers import HANG
 from memory_repository import InMemoryRepository
 from message_model import (
-    Batch, ClientResult, ClosedError, Entry, MessageStatus, OverloadedError, Reason, RepositoryUnavailableError, SendMessage,
+    Batch,
+    ClientResult,
+    ClosedError,
+    Entry,
+    MessageStatus,
+    OverloadedError,
+    Reason,
+    RepositoryUnavailableError,
+    SendMessage,
     SmsProxyError,
 )  # fmt: skip
 from providers import Gate, Recorder
@@ -148,7 +157,7 @@ def test_messages_of_others_are_found_at_random_times(shop: MakeShop, world: Wor
 
     it = shop(repository=Shared(0, clock=world.clock), max_delay=2.0)
     world.wait(100.0)
-    pauses = [round(after - before, 3) for before, after in zip(looks, looks[1:])]
+    pauses = [round(after - before, 3) for before, after in itertools.pairwise(looks)]
     assert (min(pauses) >= 0.5, max(pauses) <= 1.5, len(set(pauses)) > 10) == (True, True, True)
     it.repository.save_all([Entry(Message("48123456789", "Hi", "from another instance"), linger=2.0)])
     world.wait(10.0)
@@ -159,7 +168,10 @@ def test_messages_of_others_are_found_at_random_times(shop: MakeShop, world: Wor
 # An outage
 
 
-OUTAGES = [*((seconds, most, seed) for seconds, most in ((1.0, 6), (5.0, 10), (60.0, 16)) for seed in range(2)), (1800.0, 100, 0)]
+OUTAGES = [
+    *((seconds, most, seed) for seconds, most in ((1.0, 6), (5.0, 10), (60.0, 16)) for seed in range(2)),
+    (1800.0, 100, 0),
+]
 
 
 @pytest.mark.parametrize(("seconds", "most", "seed"), OUTAGES)
@@ -186,14 +198,15 @@ def test_while_it_is_down_at_most_every_other_request_is_for_a_new_batch(shop: M
     assert it.repository.backlog() == 100
     assert it.open
     world.wait(120.0)
-    assert it.delivered_once() and not it.open
+    assert it.delivered_once()
+    assert not it.open
 
 
 def test_the_wait_doubles_from_the_base_to_the_maximum_with_jitter(shop: MakeShop, world: World) -> None:
     it = shop(away(0.0, 1e9), senders=1, backoff_base=1.0, backoff_max=8.0, max_delay=0.0)
     it.post()
     world.wait(60.0)
-    gaps = [later - earlier for earlier, later in zip(it.starts, it.starts[1:])]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(it.starts)]
     assert len(gaps) > 5
     for number, gap in enumerate(gaps):
         longest = min(8.0, 2.0**number)
@@ -303,7 +316,9 @@ def test_a_retry_does_not_wait_for_what_lingers(shop: MakeShop, world: World) ->
     assert len(late) >= 5  # every 30 s at most
 
 
-def test_health_warns_and_logs_tell_of_an_outage(shop: MakeShop, world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_health_warns_and_logs_tell_of_an_outage(
+    shop: MakeShop, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     it = shop(away(0.0, 50.0, ConnectionRefusedError(111, "48123456789")), max_delay=0.0)
     it.post()
     world.wait(40.0)
@@ -317,7 +332,8 @@ def test_health_warns_and_logs_tell_of_an_outage(shop: MakeShop, world: World, c
     assert not it.open
     opened, closed = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert opened == "ConnectionRefusedError 111 at attempt 1 of 100 with 1 message; circuit breaker open"
-    assert closed.startswith("circuit breaker closed after ") and closed.endswith(f" and {len(it.requests) - 1} failed requests")
+    assert closed.startswith("circuit breaker closed after ")
+    assert closed.endswith(f" and {len(it.requests) - 1} failed requests")
 
 
 def test_every_request_counts_in_the_bill(shop: MakeShop, world: World) -> None:
@@ -337,7 +353,8 @@ def hopeless(request: Request) -> None:
         raise UnicodeEncodeError("ascii", "x", 0, 1, "bad")
 
 
-@pytest.mark.parametrize(("bad", "senders", "attempts"), [(1, 1, None), (4, 4, 100), (4, 1, None), (12, 2, None), (100, 4, 100)])
+@pytest.mark.parametrize(("bad", "senders", "attempts"), [
+    (1, 1, None), (4, 4, 100), (4, 1, None), (12, 2, None), (100, 4, 100)])  # fmt: skip
 def test_no_set_of_bad_batches_stops_the_others(
     shop: MakeShop, world: World, bad: int, senders: int, attempts: int | None
 ) -> None:
@@ -347,7 +364,7 @@ def test_no_set_of_bad_batches_stops_the_others(
         it.post()
         world.wait(1.0)
     successes = [request.start for request in it.requests if request.ok]
-    pauses = [after - before for before, after in zip(successes, successes[1:])]
+    pauses = [after - before for before, after in itertools.pairwise(successes)]
     assert successes[0] < 20.0
     assert max(pauses) < 20.0
     assert len(it.taken) >= 1_150
@@ -377,13 +394,15 @@ def test_a_long_wait_that_was_asked_for_ends_with_the_next_success(shop: MakeSho
     it.post(2)
     world.wait(10.0)
     it.load(1_000.0, rate=1.0, count=1)
-    pauses = [after - before for before, after in zip(it.starts, it.starts[1:])]
+    pauses = [after - before for before, after in itertools.pairwise(it.starts)]
     assert max(pauses) < 10.0
     assert it.delivered_once()
 
 
 @pytest.mark.parametrize("opened", [True, False])
-def test_a_request_that_hangs_stops_nothing_for_longer_than_a_minute(shop: MakeShop, world: World, opened: bool) -> None:
+def test_a_request_that_hangs_stops_nothing_for_longer_than_a_minute(
+    shop: MakeShop, world: World, opened: bool
+) -> None:
     def judge(request: Request) -> None:
         if opened and request.start < 10.0:
             raise FastSmsingError(503)
@@ -393,7 +412,7 @@ def test_a_request_that_hangs_stops_nothing_for_longer_than_a_minute(shop: MakeS
 
     it = HangingShop(world, judge, latency=latency, max_delay=1.0)
     it.load(3_600.0, rate=1.0, count=1)
-    pauses = [after - before for before, after in zip(it.starts, it.starts[1:])]
+    pauses = [after - before for before, after in itertools.pairwise(it.starts)]
     assert max(pauses) < 70.0
     assert len(it.taken) > 3_500
 
@@ -441,7 +460,8 @@ def test_a_code_leaves_at_once_and_the_newsletter_rides_beside_it(shop: MakeShop
     world.wait(1.0)
     assert (it.starts, it.sizes, it.requests[0].ids[0]) == ([10.0], [100], code)
     world.wait(3_600.0)
-    assert it.sizes == [100, 51] and it.delivered_once()
+    assert it.sizes == [100, 51]
+    assert it.delivered_once()
 
 
 def test_the_riders_of_a_batch_that_fails_can_be_cancelled_and_ride_with_another(shop: MakeShop, world: World) -> None:
@@ -450,7 +470,8 @@ def test_the_riders_of_a_batch_that_fails_can_be_cancelled_and_ride_with_another
     (code,) = it.post(max_delay=1.0)
     world.wait(2.0)
     assert it.requests[0].ids == [code, *riders]
-    assert it.repository.cancel(riders[0]) and not it.repository.cancel(code)
+    assert it.repository.cancel(riders[0])
+    assert not it.repository.cancel(code)
     it.post(max_delay=6.0)
     world.wait(30.0)
     assert [request.ids for request in it.requests[1:]] == [[code], ["m4", *riders[1:]]]
@@ -459,12 +480,12 @@ def test_the_riders_of_a_batch_that_fails_can_be_cancelled_and_ride_with_another
 def test_what_expires_is_failed_on_time_while_the_provider_is_away(shop: MakeShop, world: World) -> None:
     it = shop(away(0.0, 1e9), max_delay=1.0)
     failed: dict[str, float] = {}
-    accepted = {each: world.now for each in it.post(5, max_age=30.0)}
+    accepted = dict.fromkeys(it.post(5, max_age=30.0), world.now)
     for _ in range(200):
         world.wait(0.5)
-        failed.update({each: world.now for each in it.failed - failed.keys()})
+        failed.update(dict.fromkeys(it.failed - failed.keys(), world.now))
         if world.now < 50.0:
-            accepted.update({each: world.now for each in it.post(2, max_age=30.0)})
+            accepted.update(dict.fromkeys(it.post(2, max_age=30.0), world.now))
     assert len(failed) == len(accepted) == 203
     assert {it.repository.reason(each) for each in failed} == {Reason.EXPIRED}
     assert max(failed[each] - accepted[each] for each in failed) <= 32.5  # 2 s, and half a second between the looks
@@ -476,7 +497,8 @@ def test_twenty_thousand_messages_with_one_due_time_leave_before_it(shop: MakeSh
     it = shop(latency=0.3)
     it.post(20_000, max_delay=600.0)
     world.wait(700.0)
-    assert len(it.requests) == 200 and it.delivered_once()
+    assert len(it.requests) == 200
+    assert it.delivered_once()
     assert max(it.starts) <= 600.1
     assert min(it.starts) > 540.0
 
@@ -497,7 +519,8 @@ def test_the_lead_delay_tells_on_whose_account_requests_leave(shop: MakeShop, wo
     world.wait(100.0)
     text = list(it.metrics.lead_delay.text())
     assert 'smsproxy_batch_lead_delay_seconds_bucket{le="0.0"} 1' in text
-    assert "smsproxy_batch_lead_delay_seconds_sum 60" in text and "smsproxy_batch_lead_delay_seconds_count 2" in text
+    assert "smsproxy_batch_lead_delay_seconds_sum 60" in text
+    assert "smsproxy_batch_lead_delay_seconds_count 2" in text
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -505,16 +528,19 @@ def test_every_message_has_one_fate_under_random_lingers_outages_restarts_cancel
     rng, world = random.Random(seed), World()
     outages = sorted(rng.uniform(0, 900) for _ in range(4))
     repository = Durable(0, clock=world.clock)
-    terms = [{}, {"max_delay": 0}, {"max_delay": 1.0}, {"max_delay": 60.0}, {"max_delay": 600.0}, {"max_age": 20.0},
-             {"max_delay": 300.0, "max_age": 50.0}]  # fmt: skip
+    terms: list[dict[str, Any]] = [
+        {}, {"max_delay": 0}, {"max_delay": 1.0}, {"max_delay": 60.0}, {"max_delay": 600.0}, {"max_age": 20.0},
+        {"max_delay": 300.0, "max_age": 50.0},
+    ]  # fmt: skip
 
     def judge(request: Request) -> None:
-        if any(start <= request.start < end for start, end in zip(outages[::2], outages[1::2])):
+        if any(start <= request.start < end for start, end in zip(outages[::2], outages[1::2], strict=True)):
             raise FastSmsingError(503)
 
     def start() -> Shop:
         made = Shop(world, judge, repository=repository, seed=seed, latency=rng.choice([0.0, 0.3, 2.0]),
-                    batch_size=rng.choice([1, 5, 100]), max_delay=rng.choice([0.0, 5.0]), ids=f"{len(shops)}-{{}}")  # fmt: skip
+                    batch_size=rng.choice([1, 5, 100]), max_delay=rng.choice([0.0, 5.0]),
+                    ids=f"{len(shops)}-{{}}")  # fmt: skip
         shops.append(made)
         return made
 
@@ -676,7 +702,9 @@ def test_a_stop_during_an_outage_tries_again_until_it_is_over(shop: MakeShop, wo
     assert len(it.requests) - before <= 15
 
 
-def test_a_stop_counts_what_it_could_not_hand_over(shop: MakeShop, world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stop_counts_what_it_could_not_hand_over(
+    shop: MakeShop, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     it = shop(away(0.0, 1e9), ids=OURS, batch_size=10, max_delay=0.0)
     it.post(25)
     world.wait(10.0)
@@ -817,7 +845,8 @@ def test_nobody_waits_for_a_provider_that_hangs() -> None:
 def test_threads_that_cannot_be_started_are_an_error_and_leave_none_running(
     started: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, made = threading.Thread.start, []
+    start = threading.Thread.start
+    made: list[threading.Thread] = []
 
     def refuse(thread: threading.Thread) -> None:
         if len(made) == started:

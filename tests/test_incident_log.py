@@ -90,6 +90,7 @@ def test_at_most_100_ids_are_named_and_only_our_own(ids: list[Any], expected: st
     assert named(ids) == expected
 
 
-@pytest.mark.parametrize(("number", "expected"), [(0, "0 messages"), (1, "1 message"), (1.0, "1 message"), (2, "2 messages")])
+@pytest.mark.parametrize(("number", "expected"), [
+    (0, "0 messages"), (1, "1 message"), (1.0, "1 message"), (2, "2 messages")])  # fmt: skip
 def test_a_noun_has_its_plural(number: float, expected: str) -> None:
     assert counted(number, "message") == expected

@@ -42,7 +42,9 @@ class TestInMemory(RepositoryContract):
         assert 4 <= calls <= 20
         assert not any(vars(repository)[each] for each in ("_records", "_slices", "_fingerprints"))
 
-    def test_forgetting_waits_for_the_first_message_that_is_due(self, repository: InMemoryRepository, clock: Clock) -> None:
+    def test_forgetting_waits_for_the_first_message_that_is_due(
+        self, repository: InMemoryRepository, clock: Clock
+    ) -> None:
         repository.forget()
         for number in range(2):
             repository.save(name(number))

@@ -12,8 +12,16 @@ from base_repository import Claim
 from batch_scheduler import Look, SmsProxyConfig
 from client_statistics import Statistics
 from message_model import (
-    FINAL_STATUSES, TRANSITIONS, Batch, ClientResult, Entry, MessageStatus, SendMessage, UnknownStatusError,
-    ValidationError, map_to_internal_status,
+    FINAL_STATUSES,
+    TRANSITIONS,
+    Batch,
+    ClientResult,
+    Entry,
+    MessageStatus,
+    SendMessage,
+    UnknownStatusError,
+    ValidationError,
+    map_to_internal_status,
 )  # fmt: skip
 
 ACCEPTED, NOT_FOUND, CONFIRMED, FAILED, DELIVERED = MessageStatus
@@ -22,11 +30,11 @@ HELLO = SendMessage(NUMBER, "hello")
 
 
 def test_the_transitions_are_total_and_those_of_the_contract() -> None:
-    assert TRANSITIONS == {
+    assert {
         ACCEPTED: {CONFIRMED, FAILED, DELIVERED}, CONFIRMED: {FAILED, DELIVERED},
         NOT_FOUND: set(), FAILED: set(), DELIVERED: set(),
-    }  # fmt: skip
-    assert FINAL_STATUSES == {FAILED, DELIVERED}
+    } == TRANSITIONS  # fmt: skip
+    assert {FAILED, DELIVERED} == FINAL_STATUSES
 
 
 @pytest.mark.parametrize("status", [*fastsmsing.MessageStatus, "CONFIRMED", "FAILED", "DELIVERED"])
@@ -36,7 +44,8 @@ def test_a_status_of_the_provider_is_mapped_as_a_member_and_as_a_string(status: 
 
 UNKNOWN: list[tuple[object, str]] = [  # and what is said of it: a word is named, anything else may be a number
     ("ACCEPTED", "ACCEPTED"), ("confirmed", "confirmed"), ("on_its_way", "on_its_way"), (f"lost {NUMBER}", "str"),
-    (f"A{NUMBER}", "str"), ("X" * 31, "str"), ("", "str"), ("żółw", "str"), (None, "NoneType"), (1, "int"), (b"FAILED", "bytes"), (["FAILED"], "list"), ({}, "dict"),
+    (f"A{NUMBER}", "str"), ("X" * 31, "str"), ("", "str"), ("żółw", "str"), (None, "NoneType"), (1, "int"),
+    (b"FAILED", "bytes"), (["FAILED"], "list"), ({}, "dict"),
 ]  # fmt: skip
 
 

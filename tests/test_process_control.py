@@ -16,7 +16,6 @@ import pytest
 
 from helpers import HANG, TESTS
 from process_control import (
-    Deadline,
     JsonFormatter,
     ProcessError,
     Signals,
@@ -93,10 +92,6 @@ def test_systemd_is_told_at_its_path_or_its_abstract_name_and_nobody_else_is(nam
 
 
 # Time
-
-
-def test_a_deadline_is_over_when_nothing_of_it_is_left() -> None:
-    assert (Deadline.after(-1.0).left(), 99.0 < Deadline.after(100.0).left() <= 100.0) == (0.0, True)
 
 
 def test_a_call_that_hangs_is_left_alone_and_others_return_or_raise() -> None:

@@ -21,7 +21,12 @@ def test_every_series_is_there_from_the_start_at_0() -> None:
 
 def test_a_counter_counts_by_the_value_of_its_label_from_many_threads() -> None:
     counter = Counter("x_total", "Counts.", "result", ("good", "bad"))
-    together(8, lambda _: [counter.add(2, "good") for _ in range(500)])
+
+    def count(number: int) -> None:
+        for _ in range(500):
+            counter.add(2, "good")
+
+    together(8, count)
     counter.add(1, "bad")
     assert list(counter.text()) == [
         "# HELP x_total Counts.", "# TYPE x_total counter", 'x_total{result="good"} 8000', 'x_total{result="bad"} 1',

@@ -17,8 +17,18 @@ from fastsmsing import FastSmsingError, InMemoryClient, RejectedError
 from helpers import HANG, Clock, every_thread_ends, returned_by, together, until
 from providers import Gate, Gossip, Recorder, Scripted
 from smsproxy import (
-    ClosedError, DuplicateMessageError, IdempotencyError, InMemoryRepository, MessageStatus, OverloadedError, Reason,
-    RepositoryUnavailableError, SendMessage, SmsProxy, SmsProxyConfig, ValidationError,
+    ClosedError,
+    DuplicateMessageError,
+    IdempotencyError,
+    InMemoryRepository,
+    MessageStatus,
+    OverloadedError,
+    Reason,
+    RepositoryUnavailableError,
+    SendMessage,
+    SmsProxy,
+    SmsProxyConfig,
+    ValidationError,
 )  # fmt: skip
 
 __all__ = ["every_thread_ends"]  # a fixture
@@ -108,7 +118,8 @@ def test_neither_a_wrong_message_nor_a_full_queue_uses_up_a_key_and_a_repeat_nee
     first = proxy.send(HELLO, "key")
     with pytest.raises(OverloadedError):
         proxy.send(HELLO, "key 2")
-    assert (proxy.send(HELLO, "key"), proxy.get_status(proxy.entry(HELLO, "key 2").message.message_id)) == (first, NOT_FOUND)
+    another = proxy.entry(HELLO, "key 2").message.message_id
+    assert (proxy.send(HELLO, "key"), proxy.get_status(another)) == (first, NOT_FOUND)
 
 
 def test_messages_accepted_before_the_start_are_sent_after_it() -> None:
@@ -130,7 +141,8 @@ def test_the_end_of_the_block_drains_and_applies_the_reports_on_it_and_stops_the
     with SmsProxy(provider := Late(), LINGERING) as proxy:
         ids = [proxy.send(HELLO).id for _ in range(250)]
     assert {proxy.get_status(each) for each in ids} == {DELIVERED}
-    assert [len(batch) for batch in provider.batches] == [100, 100, 50] and sorted(provider.ids) == sorted(ids)
+    assert [len(batch) for batch in provider.batches] == [100, 100, 50]
+    assert sorted(provider.ids) == sorted(ids)
 
 
 @pytest.mark.parametrize(("started", "left"), [(True, 0), (False, 1)])
@@ -270,9 +282,17 @@ def test_what_the_repository_says_of_itself_is_in_the_health() -> None:
 @pytest.mark.parametrize(("method", "thread", "reason"), [
     ("update_all", "smsproxy-updater-1", "smsproxy-updater-1 is dead"),
     ("claim", "smsproxy-dispatcher-1", "smsproxy-dispatcher-1 is dead")])  # fmt: skip
-def test_a_worker_that_died_is_unhealthy(method: str, thread: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, started = threading.Thread.start, []
-    monkeypatch.setattr(threading.Thread, "start", lambda self: (started.append(self), start(self))[1])
+def test_a_worker_that_died_is_unhealthy(
+    method: str, thread: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start_and_note(thread: threading.Thread) -> None:
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_and_note)
     provider, repository = Recorder(), Deadly(method, SystemExit())
     proxy = SmsProxy(provider, SmsProxyConfig(senders=1), repository=repository)
     proxy.start()
@@ -280,14 +300,16 @@ def test_a_worker_that_died_is_unhealthy(method: str, thread: str, reason: str, 
     assert repository.raised.wait(HANG)
     (worker,) = [each for each in started if each.name == thread]
     worker.join(HANG)
-    assert reason in proxy.health()[0] and reason.split()[0] in proxy.dead_threads()
+    assert reason in proxy.health()[0]
+    assert reason.split()[0] in proxy.dead_threads()
     returned_by(lambda: proxy.stop(0.0))
 
 
 def test_an_unexpected_error_is_logged_by_type_and_place(caplog: pytest.LogCaptureFixture) -> None:
     with SmsProxy(Recorder(), repository=Deadly("claim", ValueError(NUMBER))) as proxy:
         proxy.send(HELLO)
-    assert "no batch can be claimed: ValueError at test_smsproxy.py:" in caplog.text and NUMBER not in caplog.text
+    assert "no batch can be claimed: ValueError at test_smsproxy.py:" in caplog.text
+    assert NUMBER not in caplog.text
 
 
 def test_a_busy_run_logs_neither_numbers_nor_texts(caplog: pytest.LogCaptureFixture) -> None:
@@ -304,7 +326,9 @@ def test_a_busy_run_logs_neither_numbers_nor_texts(caplog: pytest.LogCaptureFixt
     assert [message for message in caplog.messages if len(message.splitlines()) > 1] == []
 
 
-def test_a_stop_when_the_system_has_no_thread_left_ends_the_client_and_the_updater(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_when_the_system_has_no_thread_left_ends_the_client_and_the_updater(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
     provider = Recorder()
     proxy = SmsProxy(provider)
     proxy.start()
