@@ -142,13 +142,16 @@ class RepositoryContract:
         assert len(repository.expire()[0]) == 500
         assert self.numbers(repository.claim(1_000, 0.0, flush=True).batch) == list(range(0, 1_000, 2))
 
-    def test_a_forgotten_id_is_no_obstacle_to_a_list(self, repository: Repository, age: Callable[[float], None]) -> None:
+    def test_a_forgotten_id_is_no_obstacle_to_a_list(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
         repository.save_all([entry(1, fingerprint=b"old" * 5)])
         repository.update_all({name(1): DELIVERED})
         age(1.1 * RETENTION)
         assert repository.save_together(entries([0, 1])) is None
         [error] = repository.save_all([entry(1)])
-        assert isinstance(error, DuplicateMessageError) and error.fingerprint is None
+        assert isinstance(error, DuplicateMessageError)
+        assert error.fingerprint is None
 
     @pytest.mark.parametrize("turn", range(5))
     def test_of_two_lists_that_race_for_ids_nothing_of_the_loser_is_stored(
