@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
+from batch_outbox import ALMOST, Claim, look
+from change_outbox import ChangeOutbox
 from fastsmsing import Message
 from message_model import Batch, Entry, MessageStatus, Reason
 
@@ -15,18 +16,6 @@ __all__ = ["ALMOST", "EXPIRE_STEP", "FORGET_STEP", "RETENTION", "Ages", "Claim",
 RETENTION = 3 * 24 * 3600.0  # seconds
 FORGET_STEP = 500  # messages forgotten at a time: some ten microseconds to a millisecond
 EXPIRE_STEP = 500  # messages that expire at a time
-ALMOST = 1e-6  # seconds; what is due so soon is due now, since shorter waits may be lost in rounding
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What a look into the outbox found: a batch, or when there will be one."""
-
-    batch: Batch | None = None
-    waiting: int = 0  # unclaimed messages that remain; 0 only if there are none
-    due_in: float = math.inf  # seconds until the first of them is due
-    full_in: float = math.inf  # seconds until the `size`-th of them comes within the horizon
-    near: int = 0  # how many of them are due within the horizon, `size` at the most
 
 
 class Ages(NamedTuple):
@@ -34,23 +23,6 @@ class Ages(NamedTuple):
 
     oldest: float = 0.0  # since the oldest was accepted
     past_due: float = 0.0  # since the first was due
-
-
-def look(
-    dues: Sequence[float], now: float, size: int, horizon: float, waiting: int, flush: bool = False
-) -> Claim | None:
-    """The rule of every claim: None when a batch leaves now, else when one will.
-
-    `dues`: when the first messages that wait are due, in order, `size` of them or all. `now` is on the same clock.
-    A batch leaves when the first message is due; or when `size` messages are due within the horizon; or at a stop.
-    """
-    if dues and (flush or dues[0] - now <= ALMOST):
-        return None
-    near = len(dues) if horizon == math.inf else sum(due - now - horizon <= ALMOST for due in dues)
-    if near >= size:
-        return None
-    full_in = dues[size - 1] - now - horizon if len(dues) >= size else math.inf
-    return Claim(None, waiting, dues[0] - now if dues else math.inf, full_in, near)
 
 
 class Repository(abc.ABC):
@@ -96,7 +68,7 @@ class Repository(abc.ABC):
         """Applies the updates in one step; returns why some could not be. What is updated leaves the outbox."""
 
     @abc.abstractmethod
-    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
+    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
         """Takes the next batch, in order of due and then of acceptance, or tells when there will be one, in one step.
 
         A batch may leave when the first message that waits is due, or when `size` of them are due within
@@ -149,6 +121,11 @@ class Repository(abc.ABC):
     @abc.abstractmethod
     def hasten(self, max_delay: float) -> None:
         """At a start: brings forward what lingers by an earlier default that was longer than this one."""
+
+    def changes(self) -> ChangeOutbox:
+        """The outbox of changes, for the webhook. Called once, before anything changes; changes are recorded from then
+        on, and not at all without it."""
+        raise NotImplementedError
 
     def holds(self, batch: Batch) -> bool:
         """Whether the batch is still this process's to send, as far as it knows. Never blocks."""

@@ -7,12 +7,12 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import Generic
 
-from base_repository import Claim, Repository
+from batch_outbox import B, Claim, Outbox
 from batch_scheduler import Job, Look, Scheduler, SmsProxyConfig
 from incident_log import Incident, location
-from message_model import LONGEST_TIME, Entry, RepositoryUnavailableError
-from service_metrics import Metrics
+from message_model import RepositoryUnavailableError
 from worker_threads import REPOSITORY_RETRY, work_in_background
 
 __all__ = ["Dispatcher"]
@@ -20,22 +20,24 @@ __all__ = ["Dispatcher"]
 log = logging.getLogger("smsproxy")
 
 
-class Dispatcher:
+class Dispatcher(Generic[B]):
     """Hands out `jobs`, one after the other, and a None to each sender at the end. Thread-safe.
 
-    Every method but `run` and `advance` tells the scheduler what happened, and takes no longer than its lock.
+    Every method but `run` and `advance` tells the scheduler what happened, and takes no longer than its lock. `claimed`
+    is called with each batch that was claimed, in the thread of `run`. `trouble` is what the log says when the outbox
+    fails.
     """
 
     def __init__(
-        self, repository: Repository, config: SmsProxyConfig, metrics: Metrics, clock: Callable[[], float],
-        rng: Callable[[], float],
+        self, outbox: Outbox[B], config: SmsProxyConfig, clock: Callable[[], float], rng: Callable[[], float], *,
+        claimed: Callable[[B], object] | None = None, trouble: str = "no batch can be claimed",
     ) -> None:  # fmt: skip
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._repository, self._config, self._metrics, self._clock = repository, config, metrics, clock
-        self._incident = Incident(log, "no batch can be claimed", clock=clock)
+        self.jobs: queue.SimpleQueue[Job[B] | None] = queue.SimpleQueue()
+        self._outbox, self._config, self._clock, self._claimed = outbox, config, clock, claimed
+        self._incident = Incident(log, trouble, clock=clock)
         self._lock = threading.Lock()  # guards everything below
         self._changed = threading.Condition(self._lock)  # the next step may be another, or all is quiet
-        self._scheduler = Scheduler(config, rng, durable=repository.durable, poll=repository.poll)
+        self._scheduler: Scheduler[B] = Scheduler(config, rng, durable=outbox.durable, poll=outbox.poll)
         self._over = False
 
     def run(self) -> None:
@@ -58,7 +60,7 @@ class Dispatcher:
                 return step
             self._take(step)
 
-    def _next(self) -> Job | Look | None:
+    def _next(self) -> Job[B] | Look | None:
         """Waits for the next step; None when there will be no more."""
         with self._lock:
             while not self._over:
@@ -68,7 +70,7 @@ class Dispatcher:
                 self._changed.wait(None if step == math.inf else min(step, threading.TIMEOUT_MAX))
             return None
 
-    def _take(self, step: Job | Look) -> None:
+    def _take(self, step: Job[B] | Look) -> None:
         if isinstance(step, Job):
             self.jobs.put(step)
             return
@@ -77,18 +79,17 @@ class Dispatcher:
             self._scheduler.claimed(claim, self._clock())
             self._changed.notify_all()
 
-    def _claim(self, look: Look) -> Claim:
+    def _claim(self, look: Look) -> Claim[B]:
         try:
-            claim = self._repository.claim(look.size, look.horizon, flush=look.flush)
+            claim = self._outbox.claim(look.size, look.horizon, flush=look.flush)
         except RepositoryUnavailableError as error:
             self._incident.failed(error)
         except Exception as error:  # whatever it is, batches have to leave
             self._incident.failed(location(error))
         else:
             self._incident.ended()
-            if claim.batch is not None:
-                first = claim.batch.entries[0]
-                self._metrics.lead_delay.observe([min(first.due - first.accepted_at, LONGEST_TIME)])
+            if claim.batch is not None and self._claimed is not None:
+                self._claimed(claim.batch)
             return claim
         return Claim(None, 1, REPOSITORY_RETRY)  # nobody knows, so there may be a message
 
@@ -105,13 +106,14 @@ class Dispatcher:
             if self._scheduler.saved(lingers, self._clock()):
                 self._changed.notify_all()
 
-    def released(self, entries: Iterable[Entry]) -> None:
-        """These were put back into the outbox."""
+    def waits(self, lingers: Iterable[float]) -> None:
+        """So many wait in the outbox, and are due in so many seconds, or were."""
         with self._lock:
-            if self._scheduler.waits([entry.due for entry in entries], self._clock()):
+            now = self._clock()
+            if self._scheduler.waits([now + linger for linger in lingers], now):
                 self._changed.notify_all()
 
-    def answered(self, job: Job) -> tuple[float, int] | None:
+    def answered(self, job: Job[B]) -> tuple[float, int] | None:
         """FastSMSing answered; returns for how many seconds and failed requests the breaker was open, if it was."""
         with self._lock:
             closed = self._scheduler.answered(job, self._clock())
@@ -119,19 +121,19 @@ class Dispatcher:
                 self._changed.notify_all()
             return closed
 
-    def failed(self, job: Job, retry_after: float) -> bool:
+    def failed(self, job: Job[B], retry_after: float) -> bool:
         """The job's request failed for a reason that may pass; returns whether that opened the breaker."""
         with self._lock:
             self._changed.notify_all()
             return self._scheduler.failed(job, retry_after, self._clock())
 
-    def ended(self, job: Job, again: Iterable[Job]) -> None:
+    def ended(self, job: Job[B], again: Iterable[Job[B]]) -> None:
         """The job is over; those in `again` are ready, the job itself perhaps among them."""
         with self._lock:
             self._scheduler.ended(job, again, self._clock())
             self._changed.notify_all()
 
-    def abandoned(self, job: Job) -> None:
+    def abandoned(self, job: Job[B]) -> None:
         """An error of ours stopped the job; nobody knows whether its messages were handed over."""
         with self._lock:
             self._scheduler.abandoned(job, self._clock())
@@ -147,15 +149,11 @@ class Dispatcher:
                 self._changed.notify_all()
             return expired, max(0.0, following - now)
 
-    def measure(self) -> tuple[float, float]:
-        """Sets the gauges; returns for how long the breaker has been open, and in how long it tries again."""
+    def measure(self) -> tuple[int, float, float]:
+        """How many requests are under way, for how long the breaker has been open, and in how long it tries again."""
         with self._lock:
-            now, scheduler = self._clock(), self._scheduler
-            in_flight, breaker = scheduler.in_flight, scheduler.breaker
-            open_for, next_try = breaker.open_for(now), breaker.next_try_in(now)
-        self._metrics.in_flight.value = in_flight
-        self._metrics.breaker_open.value, self._metrics.next_try.value = open_for, next_try
-        return open_for, next_try
+            now, breaker = self._clock(), self._scheduler.breaker
+            return self._scheduler.in_flight, breaker.open_for(now), breaker.next_try_in(now)
 
     # The end
 
@@ -181,20 +179,20 @@ class Dispatcher:
 
     def put_back(self) -> None:
         """At the end: puts what no request carries back into an outbox that outlives the process."""
-        if self._repository.durable:
+        if self._outbox.durable:
             with self._lock:
                 ready = self._scheduler.withdraw()
             with contextlib.suppress(RepositoryUnavailableError):  # it stays claimed, which ends with this process
                 for job in ready:
-                    self._repository.release(job.batch)
+                    self._outbox.release(job.batch)
 
     def left(self) -> list[str]:
         """After `run` has ended: the IDs of what was not handed over. Of a durable outbox these are the messages in
         requests of which nobody knows yet how they ended; the rest stays in it."""
         with self._lock:
             ready, unknown = self._scheduler.left()
-        jobs = unknown if self._repository.durable else [*ready, *unknown]
+        jobs = unknown if self._outbox.durable else [*ready, *unknown]
         left = [message_id for job in jobs for message_id in job.batch.ids]
-        while not self._repository.durable and (batch := self._repository.claim(1_000, math.inf, flush=True).batch):
+        while not self._outbox.durable and (batch := self._outbox.claim(1_000, math.inf, flush=True).batch) is not None:
             left += batch.ids
         return left

@@ -47,11 +47,11 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Generic, Union
 
-from base_repository import ALMOST, Claim
+from batch_outbox import ALMOST, B, Claim
 from fastsmsing import Message
-from message_model import Batch, Entry, SendMessage, ValidationError
+from message_model import Entry, SendMessage, ValidationError
 
 __all__ = ["CircuitBreaker", "Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
 
@@ -196,10 +196,10 @@ class CircuitBreaker:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Job(Generic[B]):
     """A batch and what its requests came to so far. Whoever works on it owns it; nobody else changes it meanwhile."""
 
-    batch: Batch
+    batch: B
     attempt: int = 0
     not_before: float = -math.inf  # of the next request: the end of the batch's own backoff
     failed_at: float = math.inf  # when its last request failed
@@ -221,7 +221,8 @@ class Look:
     flush: bool = False
 
 
-Step = Job | Look | float  # send this job; look, and tell what was `claimed`; wait for so many seconds
+# Send this job; look, and tell what was `claimed`; wait for so many seconds.
+Step = Union[Job[B], Look, float]  # noqa: UP007, since Python 3.10 cannot make it generic otherwise
 
 
 @dataclass(slots=True)
@@ -251,8 +252,8 @@ class Outlook:
         return min(self.due, -math.inf if horizon == math.inf else self.full_due - horizon)
 
 
-class Scheduler:
-    """Decides what is done next. The owner's lock guards it.
+class Scheduler(Generic[B]):
+    """Decides what is done next, about batches of any kind. The owner's lock guards it.
 
     `next` tells the step; every other method tells what happened. At most `senders` jobs are under way, and while the
     breaker is open one, unless a probe hangs.
@@ -264,9 +265,9 @@ class Scheduler:
         self.breaker = CircuitBreaker(config, rng)
         self.draining = self.closed = False
         self._config, self._rng, self._durable, self._poll = config, rng, durable, poll
-        self._ready: list[Job] = []  # each from the moment in its `not_before`
-        self._under_way: dict[Job, float] = {}  # since when
-        self._abandoned: list[Job] = []
+        self._ready: list[Job[B]] = []  # each from the moment in its `not_before`
+        self._under_way: dict[Job[B], float] = {}  # since when
+        self._abandoned: list[Job[B]] = []
         self._retries_turn = False  # the next request is for a batch that failed before, if there is one
         self._pace = 0.0  # seconds from claim to claim of a sender, lately; 0: no request was answered yet
         self._looking: Look | None = None
@@ -286,7 +287,7 @@ class Scheduler:
         rest = not self._durable and (self._outlook.waiting or self._ready)
         return not (self._looking or self._under_way or self._saving or rest)
 
-    def next(self, now: float) -> Step:
+    def next(self, now: float) -> Step[B]:
         """The next step. A job is under way from now on, a look until `claimed`."""
         if len(self._under_way) >= self._config.senders or (self.draining and self._durable):
             return math.inf
@@ -302,7 +303,7 @@ class Scheduler:
             return self._looking
         return min(look_at + ALMOST / 2, min((job.not_before for job in self._ready), default=math.inf)) - now
 
-    def _begin(self, job: Job, now: float) -> Job:
+    def _begin(self, job: Job[B], now: float) -> Job[B]:
         self._ready.remove(job)
         self._under_way[job] = now
         self._retries_turn = not job.attempt
@@ -336,7 +337,7 @@ class Scheduler:
             self._outlook.add(due, due <= limit)
         return self._look_at() < before
 
-    def claimed(self, claim: Claim, now: float) -> None:
+    def claimed(self, claim: Claim[B], now: float) -> None:
         """What a look found. What was saved meanwhile may be in it or not."""
         if self._looking is None:
             raise RuntimeError("nothing was looked for")
@@ -356,20 +357,20 @@ class Scheduler:
 
     # What happened to a job
 
-    def answered(self, job: Job, now: float) -> tuple[float, int] | None:
+    def answered(self, job: Job[B], now: float) -> tuple[float, int] | None:
         """FastSMSing took or rejected it; returns for how many seconds and failed requests the breaker was open."""
         job.answered = True
         return self.breaker.answered(now)
 
-    def failed(self, job: Job, retry_after: float, now: float) -> bool:
+    def failed(self, job: Job[B], retry_after: float, now: float) -> bool:
         """Its request failed for a reason that may pass; returns whether that opened the breaker."""
         of_the_batch = job.failed_at < self.breaker.answered_at and not self.breaker.open and not retry_after
         opened = not of_the_batch and self.breaker.failed(job, retry_after, now)
         job.failed_at, job.not_before = now, now + self.breaker.backoff(job.attempt)
-        job.expires_at = min((entry.expires_at for entry in job.batch.entries), default=math.inf)
+        job.expires_at = job.batch.expires_at
         return opened
 
-    def ended(self, job: Job, again: Iterable[Job], now: float) -> None:
+    def ended(self, job: Job[B], again: Iterable[Job[B]], now: float) -> None:
         """It is over; those in `again` are ready, the job itself perhaps among them."""
         since = self._under_way.pop(job)
         if job.answered:
@@ -377,7 +378,7 @@ class Scheduler:
         self.breaker.ended(job)
         self._ready.extend(again)
 
-    def abandoned(self, job: Job, now: float) -> None:
+    def abandoned(self, job: Job[B], now: float) -> None:
         """An error of ours stopped it; nobody knows whether its messages were handed over."""
         self._abandoned.append(job)
         self.ended(job, (), now)
@@ -387,10 +388,11 @@ class Scheduler:
         expired: list[str] = []
         for job in self._ready:
             if job.expires_at <= now:
-                expired += job.batch.only(lambda entry: entry.expires_at <= now).ids
-                job.batch = job.batch.only(lambda entry: entry.expires_at > now)
-                job.expires_at = min((entry.expires_at for entry in job.batch.entries), default=math.inf)
-        self._ready = [job for job in self._ready if job.batch.entries]
+                before, job.batch = job.batch.ids, job.batch.unexpired(now)
+                left = set(job.batch.ids)
+                expired += [message_id for message_id in before if message_id not in left]
+                job.expires_at = job.batch.expires_at
+        self._ready = [job for job in self._ready if len(job.batch)]
         return expired, min((job.expires_at for job in self._ready), default=math.inf)
 
     # The end
@@ -402,11 +404,11 @@ class Scheduler:
         for job in self._ready:
             job.not_before = min(job.not_before, now + DRAIN_BACKOFF)
 
-    def withdraw(self) -> list[Job]:
+    def withdraw(self) -> list[Job[B]]:
         """Takes out the jobs that no request carries: their messages go back to an outbox that others use, too."""
         ready, self._ready = self._ready, []
         return ready
 
-    def left(self) -> tuple[list[Job], list[Job]]:
+    def left(self) -> tuple[list[Job[B]], list[Job[B]]]:
         """The jobs that no request carries, and those of which nobody knows yet how they ended."""
         return list(self._ready), [*self._under_way, *self._abandoned]

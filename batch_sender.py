@@ -14,7 +14,7 @@ from batch_dispatcher import Dispatcher
 from batch_scheduler import Job, SmsProxyConfig
 from fastsmsing import FastSmsingClient, RejectedError
 from incident_log import Incident, counted, describe, location, named
-from message_model import Reason, RepositoryUnavailableError
+from message_model import Batch, Reason, RepositoryUnavailableError
 from service_metrics import Metrics
 from worker_threads import persist, work_in_background
 
@@ -32,8 +32,8 @@ class Sender:
     """Makes requests, one at a time for each thread that runs it. Thread-safe."""
 
     def __init__(
-        self, repository: Repository, client: FastSmsingClient, config: SmsProxyConfig, dispatcher: Dispatcher,
-        metrics: Metrics, give_up: GiveUp | None, report: Callable[[Job], None], remind: Callable[[float], None],
+        self, repository: Repository, client: FastSmsingClient, config: SmsProxyConfig, dispatcher: Dispatcher[Batch],
+        metrics: Metrics, give_up: GiveUp | None, report: Callable[[Job[Batch]], None], remind: Callable[[float], None],
         clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._repository, self._client, self._config, self._dispatcher = repository, client, config, dispatcher
@@ -59,7 +59,7 @@ class Sender:
                 log.error("a sender goes on after a %s; messages: %s", location(error), named(job.batch.ids))
                 self._dispatcher.abandoned(job)
 
-    def prepare(self, job: Job) -> bool:
+    def prepare(self, job: Job[Batch]) -> bool:
         """Leaves in the batch what is still to be sent; returns whether that is anything."""
         before = job.batch
         try:
@@ -78,7 +78,7 @@ class Sender:
             self._report(job)
         return bool(job.batch.entries)
 
-    def request(self, job: Job) -> None:
+    def request(self, job: Job[Batch]) -> None:
         """One paid request; sets the job's `error` and `refused`."""
         self.begin(job)
         error, answer = None, None
@@ -88,12 +88,12 @@ class Sender:
             error = raised
         self.end(job, error, answer)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job[Batch]) -> None:
         """The request starts."""
         job.attempt, job.started_at = job.attempt + 1, self._clock()
         job.sent = tuple([entry.message for entry in job.batch.entries])
 
-    def end(self, job: Job, error: BaseException | None, answer: object) -> None:
+    def end(self, job: Job[Batch], error: BaseException | None, answer: object) -> None:
         """The request ended with this error, or this answer."""
         job.error, job.refused = error, {}
         if isinstance(answer, Mapping):
@@ -104,7 +104,7 @@ class Sender:
         self._metrics.batch_messages.observe([len(job.sent)])
         self._metrics.request_duration.observe([self._clock() - job.started_at], result)
 
-    def conclude(self, job: Job) -> Sequence[Job]:
+    def conclude(self, job: Job[Batch]) -> Sequence[Job[Batch]]:
         """Sees to what follows from the request; returns the jobs that are left of it."""
         if job.error is not None and not isinstance(job.error, RejectedError):
             return self._failed(job, job.error)
@@ -112,7 +112,7 @@ class Sender:
             log.warning("circuit breaker closed after %.1f s and %s", closed[0], counted(closed[1], "failed request"))
         return self._rejected(job, job.error) if job.error else self._handed_over(job)
 
-    def _handed_over(self, job: Job) -> Sequence[Job]:
+    def _handed_over(self, job: Job[Batch]) -> Sequence[Job[Batch]]:
         taken = job.batch
         if job.refused:
             taken = job.batch.only(lambda entry: entry.message.message_id not in job.refused)
@@ -129,7 +129,7 @@ class Sender:
         return ()
 
     @staticmethod
-    def _by_reason(job: Job) -> dict[str, list[str]]:
+    def _by_reason(job: Job[Batch]) -> dict[str, list[str]]:
         """The IDs of what was refused by name, in order, by the reason as it may be logged."""
         found: dict[str, list[str]] = {}
         for message_id in filter(job.refused.__contains__, job.batch.ids):
@@ -137,7 +137,7 @@ class Sender:
             found.setdefault(reason if CODE.fullmatch(reason) else "a reason that is no code", []).append(message_id)
         return found
 
-    def _rejected(self, job: Job, error: BaseException) -> Sequence[Job]:
+    def _rejected(self, job: Job[Batch], error: BaseException) -> Sequence[Job[Batch]]:
         """Halves the batch; whoever is to blame ends up alone, after about 2 * log2(n) requests."""
         self._report(job)
         entries, half = job.batch.entries, len(job.batch) // 2
@@ -150,7 +150,7 @@ class Sender:
             self.give_up(job.batch.ids, Reason.REJECTED, f", {describe(error)}")
         return ()
 
-    def _failed(self, job: Job, error: BaseException) -> Sequence[Job]:
+    def _failed(self, job: Job[Batch], error: BaseException) -> Sequence[Job[Batch]]:
         asked: object = None
         with contextlib.suppress(Exception):  # an attribute of somebody else's class may be code that fails
             asked = getattr(error, "retry_after", None)
@@ -159,7 +159,7 @@ class Sender:
         log.log(logging.WARNING if opened else logging.DEBUG, "%s at attempt %d of %s with %s%s",
                 describe(error), job.attempt, self._config.max_attempts or "any number",
                 counted(len(job.batch), "message"), "; circuit breaker open" if opened else "")  # fmt: skip
-        soonest = min(entry.expires_at for entry in job.batch.entries)
+        soonest = job.batch.expires_at
         if soonest != math.inf:
             self._remind(max(0.0, soonest - self._clock()))
         self._release_riders(job)
@@ -171,7 +171,7 @@ class Sender:
             self._report(job)
         return ()
 
-    def _release_riders(self, job: Job) -> None:
+    def _release_riders(self, job: Job[Batch]) -> None:
         """Puts what is not due back into the outbox. A batch of which nothing is due left as a full one: it stays."""
         now = self._clock()
         if job.batch.entries[0].due > now or job.batch.entries[-1].due <= now:
@@ -183,7 +183,7 @@ class Sender:
             self._incident.failed(error)
         else:
             job.batch = job.batch.only(lambda entry: entry.due <= now)
-            self._dispatcher.released(riders.entries)
+            self._dispatcher.waits([entry.due - now for entry in riders.entries])
 
     def give_up(self, ids: Sequence[str], reason: Reason, why: str = "") -> None:
         """Records, behind the delivery reports that came before, that these are not sent any more."""

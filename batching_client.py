@@ -17,6 +17,8 @@ from batch_sender import GiveUp, Sender
 from fastsmsing import FastSmsingClient
 from incident_log import Incident, counted, location, named
 from message_model import (
+    LONGEST_TIME,
+    Batch,
     ClientResult,
     ClosedError,
     Entry,
@@ -65,7 +67,7 @@ class SimpleBatchingClient:
         self._repository, self._statistics = repository, statistics
         self._metrics = metrics or Metrics()
         self._metrics.pending_limit.value = config.max_pending
-        self.dispatcher = Dispatcher(repository, config, self._metrics, clock, rng)
+        self.dispatcher = Dispatcher(repository, config, clock, rng, claimed=self._claimed)
         self.sender = Sender(repository, client, config, self.dispatcher, self._metrics, give_up,
                              self._report, remind, clock)  # fmt: skip
         self._refusals: dict[type[Exception], tuple[str, Incident]] = {
@@ -167,7 +169,11 @@ class SimpleBatchingClient:
 
     # Statistics
 
-    def _report(self, job: Job) -> None:
+    def _claimed(self, batch: Batch) -> None:
+        first = batch.entries[0]
+        self._metrics.lead_delay.observe([min(first.due - first.accepted_at, LONGEST_TIME)])
+
+    def _report(self, job: Job[Batch]) -> None:
         if self._statistics is not None:
             try:
                 self._results.put_nowait(ClientResult(job.sent, job.error, job.attempt, self.config.max_attempts))
@@ -188,7 +194,7 @@ class SimpleBatchingClient:
     def measure(self) -> None:
         """Sets the gauges. May block for the repository; what it cannot tell just now has no value."""
         metrics = self._metrics
-        self.dispatcher.measure()
+        metrics.in_flight.value, metrics.breaker_open.value, metrics.next_try.value = self.dispatcher.measure()
         metrics.requests_saved.value = metrics.handed_over.total - metrics.requests.total
         try:
             pending: float | None = self._repository.backlog()

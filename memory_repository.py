@@ -210,7 +210,7 @@ class InMemoryRepository(Repository):
                     failures[message_id] = error
         return failures
 
-    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
+    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
         """See `Repository`."""
         with self._lock:
             outbox = self._outbox

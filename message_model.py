@@ -221,6 +221,15 @@ class Batch:
         """The IDs of the messages."""
         return [entry.message.message_id for entry in self.entries]
 
+    @property
+    def expires_at(self) -> float:
+        """When the first of them expires, infinity for never."""
+        return min((entry.expires_at for entry in self.entries), default=math.inf)
+
+    def unexpired(self, now: float) -> Batch:
+        """The part of the batch that has not expired."""
+        return self.only(lambda entry: entry.expires_at > now)
+
     def only(self, keep: Callable[[Entry], bool]) -> Batch:
         """The part of the batch for which `keep` is true."""
         return replace(self, entries=tuple(filter(keep, self.entries)))

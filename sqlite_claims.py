@@ -24,6 +24,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
 from base_repository import Claim, look
+from message_model import Batch
 
 __all__ = ["Key", "OutboxClaims"]
 
@@ -66,7 +67,7 @@ class OutboxClaims:
 
     def take(
         self, db: sqlite3.Connection, size: int, now: float, horizon: float, flush: bool
-    ) -> tuple[list[Key], Claim]:
+    ) -> tuple[list[Key], Claim[Batch]]:
         """Claims the first messages, if a batch leaves now; else the claim tells when one will."""
         with self._lock:
             self._read_on(db, min(size, sys.maxsize))

@@ -91,7 +91,7 @@ class SqliteRepository(Repository):
         errors.update((item[0], error) for item, error in zip(items, results, strict=True) if error is not None)
         return errors
 
-    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
+    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
         """See `Repository`."""
         with self._file.reader() as db:
             keys, claim = self._claims.take(db, size, self._clock.now(), horizon, flush)

@@ -192,7 +192,7 @@ class PostgresRepository(Repository):
 
     # Handing over
 
-    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
+    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
         """See `Repository`. One statement. When its answer is lost, what it took waits out its lease."""
         size = min(size, LARGEST)
         sent_at = self._leases.clock()  # also if it is sent twice: too early does no harm

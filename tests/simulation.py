@@ -24,7 +24,7 @@ from batch_scheduler import Job, SmsProxyConfig
 from batching_client import SimpleBatchingClient
 from fastsmsing import FastSmsingError, InMemoryClient, Message
 from memory_repository import InMemoryRepository
-from message_model import MessageStatus, Reason, SendMessage
+from message_model import Batch, MessageStatus, Reason, SendMessage
 from service_metrics import Metrics
 
 __all__ = ["Judge", "Request", "Shop", "World", "away"]
@@ -118,7 +118,7 @@ class Shop:
                 self._begin(job)
                 job = None if self.client.dispatcher.jobs.empty() else self.client.dispatcher.jobs.get_nowait()
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job[Batch]) -> None:
         if not self.client.sender.prepare(job):
             self.client.dispatcher.ended(job, ())
             return
@@ -129,7 +129,7 @@ class Shop:
         self.most_under_way = max(len(self.under_way), self.most_under_way)
         self.world.at(self.world.now + self.latency(request), lambda: self._end(job, request))
 
-    def _end(self, job: Job, request: Request) -> None:
+    def _end(self, job: Job[Batch], request: Request) -> None:
         self.under_way.remove(request)
         error, answer = None, None
         try:

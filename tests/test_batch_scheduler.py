@@ -16,8 +16,8 @@ from fastsmsing import Message
 from message_model import Batch, Entry, SendMessage, ValidationError
 
 
-def scheduler_of(*, durable: bool = False, poll: float | None = None, **config: Any) -> Scheduler:
-    made = Scheduler(SmsProxyConfig(**config), lambda: 1.0, durable=durable, poll=poll)
+def scheduler_of(*, durable: bool = False, poll: float | None = None, **config: Any) -> Scheduler[Batch]:
+    made: Scheduler[Batch] = Scheduler(SmsProxyConfig(**config), lambda: 1.0, durable=durable, poll=poll)
     assert isinstance(made.next(0.0), Look)  # there may be messages from before the start
     made.claimed(Claim(), 0.0)
     return made
@@ -27,19 +27,19 @@ def batch(*ids: str, expires_at: float = math.inf) -> Batch:
     return Batch(tuple(Entry(Message("48123", "Hi", each), expires_at=expires_at) for each in ids))
 
 
-def save(scheduler: Scheduler, *lingers: float, now: float = 0.0) -> bool:
+def save(scheduler: Scheduler[Batch], *lingers: float, now: float = 0.0) -> bool:
     assert scheduler.saving()
     return scheduler.saved(lingers or (0.0,), now)
 
 
-def claim(scheduler: Scheduler, now: float, *ids: str, waiting: int = 0) -> Job:
+def claim(scheduler: Scheduler[Batch], now: float, *ids: str, waiting: int = 0) -> Job[Batch]:
     """The look that is the next step finds these messages; returns the job that follows."""
     assert isinstance(scheduler.next(now), Look)
     scheduler.claimed(Claim(batch(*ids), waiting), now)
     return begin(scheduler, now, *ids)
 
 
-def begin(scheduler: Scheduler, now: float, *ids: str) -> Job:
+def begin(scheduler: Scheduler[Batch], now: float, *ids: str) -> Job[Batch]:
     job = scheduler.next(now)
     assert isinstance(job, Job)
     assert job.batch.ids == list(ids)
@@ -47,13 +47,13 @@ def begin(scheduler: Scheduler, now: float, *ids: str) -> Job:
     return job
 
 
-def fail(scheduler: Scheduler, job: Job, now: float, retry_after: float = 0.0) -> bool:
+def fail(scheduler: Scheduler[Batch], job: Job[Batch], now: float, retry_after: float = 0.0) -> bool:
     opened = scheduler.failed(job, retry_after, now)
     scheduler.ended(job, [job], now)
     return opened
 
 
-def succeed(scheduler: Scheduler, job: Job, now: float) -> None:
+def succeed(scheduler: Scheduler[Batch], job: Job[Batch], now: float) -> None:
     scheduler.answered(job, now)
     scheduler.ended(job, (), now)
 
@@ -408,9 +408,9 @@ class Model:
 
     def __init__(self, rng: random.Random, **config: Any) -> None:
         self.rng, self.config = rng, SmsProxyConfig(**config)
-        self.scheduler = Scheduler(self.config, rng.random)
+        self.scheduler: Scheduler[Batch] = Scheduler(self.config, rng.random)
         self.waiting: list[Entry] = []
-        self.under_way: list[tuple[float, Job]] = []
+        self.under_way: list[tuple[float, Job[Batch]]] = []
         self.late = 0.0
         self.looks = 0
 

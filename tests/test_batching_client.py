@@ -133,7 +133,7 @@ def test_the_outbox_is_looked_at_only_when_a_batch_may_be_due(shop: MakeShop, wo
     looks: list[float] = []
 
     class Watched(InMemoryRepository):
-        def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
+        def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
             looks.append(world.now)
             return super().claim(size, horizon, flush=flush)
 
@@ -151,7 +151,7 @@ def test_messages_of_others_are_found_at_random_times(shop: MakeShop, world: Wor
     class Shared(InMemoryRepository):
         poll = 1.0
 
-        def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
+        def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
             looks.append(world.now)
             return super().claim(size, horizon, flush=flush)
 
@@ -915,7 +915,7 @@ class Unavailable(InMemoryRepository):
             self.done.release()
         return result
 
-    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim:
+    def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
         return self._call("claim", lambda: super(Unavailable, self).claim(size, horizon, flush=flush))
 
     def handed_over(self, batch: Batch) -> None:

@@ -58,7 +58,8 @@ def test_any_other_status_is_unknown_and_named_only_if_it_looks_like_one(status:
 def test_values_are_frozen_and_slotted_and_no_repr_shows_a_number_or_a_text() -> None:
     entry = Entry(HELLO.to_message("a"), b"fingerprint")
     result = ClientResult((entry.message,), None, 1, None)
-    for value in (HELLO, Batch((entry,)), result, SmsProxyConfig(), Statistics(), Claim(), Look(1, 2.0)):
+    claim: Claim[Batch] = Claim()
+    for value in (HELLO, Batch((entry,)), result, SmsProxyConfig(), Statistics(), claim, Look(1, 2.0)):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(value, dataclasses.fields(value)[0].name, None)
         assert (hasattr(value, "__dict__"), NUMBER in repr(value), "hello" in repr(value)) == (False, False, False)
