@@ -5,7 +5,7 @@ import abc
 import math
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from batch_outbox import Claim
@@ -36,11 +36,13 @@ class ChangeBody:
     id: str
     timestamp: float  # of its making, in seconds since 1970, whole milliseconds
     changes: tuple[Change, ...]  # of each message one
+    # When the retention of its last message is over, on this process's monotonic clock: then it is dropped.
+    expires_at: float = field(default=math.inf, compare=False)
 
     @classmethod
-    def made(cls, changes: Iterable[Change], now: float) -> ChangeBody:
+    def made(cls, changes: Iterable[Change], now: float, expires_at: float) -> ChangeBody:
         """A new body, with an ID of its own; `now` is the wall clock's."""
-        return cls(f"msg_{uuid.uuid4()}", round(now, 3), tuple(changes))
+        return cls(f"msg_{uuid.uuid4()}", round(now, 3), tuple(changes), expires_at)
 
     def __len__(self) -> int:
         return len(self.changes)
@@ -50,14 +52,9 @@ class ChangeBody:
         """The IDs of the messages."""
         return [change.message_id for change in self.changes]
 
-    @property
-    def expires_at(self) -> float:
-        """Never: whoever sends it looks how old it is, since it stays whole."""
-        return math.inf
-
     def unexpired(self, now: float) -> ChangeBody:
-        """All of it."""
-        return self
+        """The body, without its changes once it has expired."""
+        return self if self.expires_at > now else replace(self, changes=())
 
 
 class ChangeOutbox(abc.ABC):

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository, look
+from memory_changes import MemoryChanges
 from message_model import (
     STATUS_OF,
     TRANSITIONS,
@@ -135,8 +136,11 @@ class InMemoryRepository(Repository):
     A message is forgotten late by at most a thousandth of `retention`.
     """
 
-    def __init__(self, retention: float = RETENTION, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._retention, self._clock = retention, clock
+    def __init__(
+        self, retention: float = RETENTION, *, clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._retention, self._clock, self._wall_clock = retention, clock, wall_clock
         self._lock = threading.Lock()  # guards everything below
         # Messages that changed to the same status within retention / 1000 share one record: one for each would cost
         # more memory than its status does.
@@ -146,6 +150,7 @@ class InMemoryRepository(Repository):
         self._slices: deque[tuple[float, list[str]]] = deque()  # time to forget, IDs changed in one slice of time
         self._slice_end = -math.inf
         self._shared: dict[MessageStatus | Reason, Record] = {}
+        self._changes: MemoryChanges | None = None
 
     def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
         """See `Repository`."""
@@ -268,6 +273,11 @@ class InMemoryRepository(Repository):
         with self._lock:
             self._outbox.hasten(max_delay)
 
+    def changes(self) -> MemoryChanges:
+        """See `Repository`."""
+        self._changes = MemoryChanges(self._lock, self._retention, self._clock, self._wall_clock)
+        return self._changes
+
     def backlog(self) -> int:
         """See `Repository`."""
         return len(self._outbox.entries)
@@ -331,6 +341,8 @@ class InMemoryRepository(Repository):
         if self._retention and self._records[message_id][2] != record[2]:
             self._slices[-1][1].append(message_id)
         self._records[message_id] = record
+        if self._changes is not None and record[0] is not MessageStatus.ACCEPTED:
+            self._changes.record(message_id, update, now)
 
 
 _IN_OUTBOX: Record = (MessageStatus.ACCEPTED, None, math.inf)
