@@ -21,7 +21,7 @@ class Counts(NamedTuple):
 
 
 class Backlog:
-    """How many messages are in the outbox: counted about once a second, and changed by what this process does meanwhile.
+    """How many messages are in the outbox: counted about once a second, and changed by what this process does since.
 
     Thread-safe. What other processes did since the last count is not in it.
     """
@@ -58,7 +58,7 @@ class Backlog:
         return self.peek()
 
     def recount(self) -> Counts:
-        """The figures for somebody who is about to refuse a message: at most `STALE` seconds old when counting began."""
+        """The figures for somebody who is about to refuse a message: at most `STALE` seconds old."""
         asked = self._clock()
         with self._counting:  # whoever counts already may have begun late enough
             with self._lock:

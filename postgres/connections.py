@@ -28,7 +28,7 @@ Parameters: TypeAlias = "Sequence[Any] | Mapping[str, Any]"
 
 CONNECT_TIMEOUT = 3  # seconds; a server that answers does so in milliseconds
 STATEMENT_TIMEOUT = 5.0  # seconds, by the server's clock; all statements together take some milliseconds
-GRACE = 2.0  # seconds on top, after which this side gives the connection up
+GRACE = 2.0  # seconds on top, or as long again if that is shorter; then this side gives the connection up
 CONFLICTS = 10  # times that a statement is tried again when the server aborted it for another one's sake
 # The server's machine is gone, or a firewall forgot the connection: both are noticed in about ten seconds at most.
 KEEPALIVE = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2, "tcp_user_timeout": 8000}
@@ -147,7 +147,7 @@ class Database:
         try:
             db = db or self._connect()
             try:
-                self._begin(db, time.monotonic() + timeout + GRACE)
+                self._begin(db, time.monotonic() + timeout + min(GRACE, timeout))
                 yield db
             finally:
                 self._put_back(db)
@@ -200,9 +200,18 @@ class Database:
 
 
 def _execute(db: _Connection, sql: str, parameters: Parameters, timeout: float) -> list[Any]:
-    with db.pipeline():  # ends with one Sync: until there it is one transaction, committed there
-        db.execute(SETTINGS, (f"{max(1, round(timeout * 1000))}",))
-        cursor = db.execute(sql, parameters, binary=True)
+    failed: psycopg.Error | None = None
+    try:
+        with db.pipeline():  # ends with one Sync: until there it is one transaction, committed there
+            try:
+                db.execute(SETTINGS, (f"{max(1, round(timeout * 1000))}",))
+                cursor = db.execute(sql, parameters, binary=True)
+            except psycopg.Error as error:  # raised below: psycopg would log a line for each that the Sync follows
+                failed = error
+    except psycopg.Error as error:
+        raise failed or error from None
+    if failed is not None:
+        raise failed
     return cursor.fetchall() if cursor.description else []
 
 

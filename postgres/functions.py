@@ -1,25 +1,29 @@
-"""The functions in PostgreSQL: what takes several steps under a lock, or steps that see what others committed meanwhile.
+"""The functions in PostgreSQL: what takes several steps under a lock, or has to see what others committed meanwhile.
 
 The statements of a function see what was committed while it waited for a lock, which the parts of one statement would
 not; and a client that hangs holds no lock, because none of its answers is needed before the end.
 
-Locks are taken in this order: rows of `batch`, `pulse`, the row 'claim' of `mutex`, messages, the outbox; and rows of one
-table in order of their IDs. Where two statements deadlock all the same, the server aborts one, and it is sent again.
+**Locks** are taken in this order: `pulse`, the row 'claim' of `mutex`, messages, the outbox; and rows of one table in
+order of their IDs. Rows of `batch` come before all of these when they have been locked by an owner that renews or
+releases; whoever else wants them skips those that are locked. New messages are locked before `pulse`, and so are
+messages on their way back, but nobody waits for what he cannot see. Should two statements deadlock all the same, the
+server aborts one, and it is sent again.
 
-**The front.** A look reads the index of what waits from `front` on, because before it lie the dead entries of all that left
-since the last vacuum, and a transaction that stays open for an hour, a `pg_dump` perhaps, keeps vacuum from removing them. The
-invariant: in every snapshot, nothing that waits is due before the `front` of the same snapshot. What comes into the outbox may be
-due before everything that waits there, and is visible only when its transaction commits, so:
+**The front.** A look reads the index of what waits from `front` on. Before it are the dead entries of all that left
+since the last vacuum, and a transaction that stays open for an hour, a `pg_dump` perhaps, keeps vacuum from removing
+them. The invariant: in every snapshot, nothing that waits is due before the `front` of the same snapshot. New messages
+may be due before everything that waits, and are visible only when their transaction commits, so:
 
-1. Whoever puts messages into the outbox calls `pull_back` afterwards, in a statement of its own: it moves `front` and
-   `next_front` back to what is due first, in the same transaction.
-2. `beat` moves the front in three steps, about a second apart. First it publishes `next_front`, which is when the first
-   message is due that waits. When that is committed, it notes a transaction ID in `settled`. When all transactions up to that
-   one have ended, it sets `front` to `next_front`, or to when the first message is due now if that is earlier.
+1. Whoever puts messages into the outbox calls `pull_back` afterwards, in a statement of its own. It moves `front` and
+   `next_front` back to when the first of them is due, in the same transaction.
+2. `beat` moves the front in three steps, about a second apart. The first publishes `next_front`: when the first message
+   that waits is due. The second, which has seen that one committed, notes its own transaction ID in `settled`. The
+   third waits until all transactions up to that ID have ended. Then it sets `front` to `next_front`, or to when the
+   first message is due now if that is earlier, and publishes the next `next_front`.
 
-A transaction with new messages that ends after the third step began after the second one, or got its ID after it, so its
-`pull_back` saw `next_front`, and moved it back if need be. One that ended before the third step is seen by it. So no message,
-however long its commit takes, can get behind the front.
+So no message gets behind the front, however long its commit takes. If its transaction ended before the third step, that
+step saw it. If not, its ID is higher than `settled`, or yet to come; so it got the ID after the publication was
+committed, and its `pull_back`, which comes after that, saw `next_front` and moved it back.
 """
 from __future__ import annotations
 
@@ -43,8 +47,8 @@ $$;
 """
 
 FRONT = r"""
--- Called first by whoever claims, and last by whoever renews; does something about once a second. A silence of more than
--- half a lease means that owners may have been unable to renew: from its end they get the time of a whole lease.
+-- Called first by whoever claims, and last by whoever renews; does something about once a second. A silence of more
+-- than half a lease means that owners may have been unable to renew: from its end they get the time of a whole lease.
 CREATE FUNCTION smsproxy.beat(lease float8) RETURNS void LANGUAGE plpgsql
 SET enable_sort = off AS $$  -- a plan made while the table was empty would read and sort all of it once it is full
 DECLARE
@@ -157,9 +161,9 @@ BEGIN
     END LOOP;
 END $$;
 
--- One look without the lock, which ends it most of the time, and one under it. The first row tells of the outbox: how many
--- waited as far as the look went, `size` + 1 at the most, and how many of them were taken. The others are the messages of
--- the batch, if there is one; one that was taken over did not wait.
+-- One look without the lock, which ends it most of the time, and one under it. The first row tells of the outbox: how
+-- many waited as far as the look went, `size` + 1 at the most, and how many of them were taken. The others are the
+-- messages of the batch, if there is one; those of a batch that was taken over did not wait.
 CREATE FUNCTION smsproxy.claim(me uuid, size bigint, horizon float8, flush boolean, lease float8)
 RETURNS TABLE (batch_id bigint, waited bigint, taken bigint, due_in float8, full_in float8, near bigint,
                id text, phone_number text, content bytea, age float8, linger float8, max_age float8, by_default boolean)
@@ -259,8 +263,8 @@ BEGIN
         AND (m.changed_at > clock_timestamp() - retention * interval '1 s') IS NOT FALSE);
 END $$;
 
--- Makes what waits and is past its expiry FAILED, at most so many messages. The first row has the seconds until the next
--- one expires; the others have the IDs.
+-- Makes what waits and is past its expiry FAILED, at most so many messages. The first row has the seconds until the
+-- next one expires; the others have the IDs.
 CREATE FUNCTION smsproxy.expire(most bigint, slice float8) RETURNS TABLE (message_id text, soonest float8)
 LANGUAGE plpgsql AS $$
 DECLARE

@@ -14,8 +14,19 @@ from typing import Any
 from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository
 from fastsmsing import Message
 from message_model import (
-    STATUS_OF, Batch, DuplicateMessageError, Entry, MessageStatus, OverloadedError, Reason, RepositoryUnavailableError,
-    SmsProxyError, StatusTransitionError, UnknownMessageError, ValidationError, check_transition,
+    STATUS_OF,
+    Batch,
+    DuplicateMessageError,
+    Entry,
+    MessageStatus,
+    OverloadedError,
+    Reason,
+    RepositoryUnavailableError,
+    SmsProxyError,
+    StatusTransitionError,
+    UnknownMessageError,
+    ValidationError,
+    check_transition,
 )  # fmt: skip
 
 from .backlog import Backlog, Counts
@@ -23,7 +34,22 @@ from .connections import Database
 from .leases import Lease, Leases
 from .schema import prepare
 from .statements import (
-    AGES, CANCEL, CHECK, CLAIM, COUNT, EXPIRE, FORGET, HANDED_OVER, HASTEN, KNOWN, RELEASE, SAVE, SAVE_TOGETHER, SIZE, STATUS, UNSENT,
+    AGES,
+    CANCEL,
+    CHECK,
+    CLAIM,
+    COUNT,
+    EXPIRE,
+    FORGET,
+    HANDED_OVER,
+    HASTEN,
+    KNOWN,
+    RELEASE,
+    SAVE,
+    SAVE_TOGETHER,
+    SIZE,
+    STATUS,
+    UNSENT,
     UPDATE,
 )  # fmt: skip
 
@@ -35,6 +61,7 @@ CHECK_TIMEOUT = 2.0  # seconds
 LARGEST = 1_000_000  # messages in one batch; bounds what one claim can read
 FORGET_PAUSE = 0.1  # seconds, shortest time between two looks for what is to be forgotten, when the last found little
 UNSENT_TIMEOUT = 1.0  # seconds; before each request, which goes on without an answer
+RELEASE_TIMEOUT = 1.0  # seconds; a stop waits for it, and what is not released waits out its lease
 EXPIRY_LOOK = 1.0  # seconds, longest time between two looks for what expired, while anything in the outbox ever does
 EXPIRY_LOOK_IDLE = 2.0  # seconds, the same while nothing does; another process's message may, and that process may die
 HASTEN_STEP = 5_000  # messages that are brought forward in one statement, during which nobody claims
@@ -178,9 +205,10 @@ class PostgresRepository(Repository):
         }  # fmt: skip
         rows, again = self._database.run_again(lambda again: (UPDATE, parameters)) if ids else ([], False)
         found: dict[str, tuple[MessageStatus, bool]] = {}
-        for message_id, before, allowed, gone, waited in rows:
+        for message_id, before, allowed, *_ in rows:
             found[message_id] = MessageStatus(before), allowed or (again and before == STATUS_OF[updates[message_id]])
         if rows:
+            gone, waited = rows[0][3:]
             self._backlog.add(-gone, -waited)
         self._leases.remove([message_id for message_id, (_, applied) in found.items() if applied])
         errors: dict[str, Exception] = {}
@@ -212,7 +240,8 @@ class PostgresRepository(Repository):
         """See `Repository`. Does nothing when the lease is lost: then the batch is another process's."""
         if not isinstance(batch.lease, Lease):
             return
-        rows = self._database.run(RELEASE, (self._leases.owner, [batch.lease.id], sorted(batch.ids)))
+        parameters = (self._leases.owner, [batch.lease.id], sorted(batch.ids))
+        rows = self._database.run(RELEASE, parameters, timeout=RELEASE_TIMEOUT)
         self._backlog.add(0, rows[0][0])
         self._leases.remove(batch.ids)
 

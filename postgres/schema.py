@@ -28,7 +28,9 @@ def prepare(database: Database) -> None:
         _check_settings(db)
         _migrate(db)
         # Looks begin anew, also in a database that was restored and knows transactions of another server.
-        db.execute("UPDATE smsproxy.pulse SET front = DEFAULT, next_front = DEFAULT, published = DEFAULT, settled = NULL")
+        db.execute(
+            "UPDATE smsproxy.pulse SET front = DEFAULT, next_front = DEFAULT, published = DEFAULT, settled = NULL"
+        )
 
 
 def check_database(url: str) -> None:

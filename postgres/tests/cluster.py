@@ -64,7 +64,9 @@ class Cluster:
     """A server in a directory of its own, reachable over TCP on the loopback, with a password and real fsyncs."""
 
     PASSWORD = "s3cret-pa55word"
-    SETTINGS = ("listen_addresses=127.0.0.1", "max_connections=200", "shared_buffers=64MB", "log_min_duration_statement=-1")
+    SETTINGS = (
+        "listen_addresses=127.0.0.1", "max_connections=200", "shared_buffers=64MB", "log_min_duration_statement=-1",
+    )  # fmt: skip
 
     def __init__(self, programs: Path, user: int | None, directory: Path) -> None:
         self._programs, self.user, self.directory = programs, user, directory
@@ -128,7 +130,8 @@ class Cluster:
 def let_pass(cluster: Cluster, url: str, seconds: float) -> None:
     """Lets time pass for the database: all that it wrote down lies so much further back."""
     shift = f"- interval '{seconds} s'"
-    cluster.sql(url, f"UPDATE smsproxy.outbox SET accepted_at = accepted_at {shift}, due = due {shift}, expires = expires {shift}")
+    cluster.sql(url, f"UPDATE smsproxy.outbox SET accepted_at = accepted_at {shift}, due = due {shift}, "
+                f"expires = expires {shift}")  # fmt: skip
     cluster.sql(url, f"UPDATE smsproxy.message SET changed_at = changed_at {shift}")
     cluster.sql(url, f"UPDATE smsproxy.batch SET lease_until = lease_until {shift}")
     cluster.sql(url, f"UPDATE smsproxy.pulse SET resumed_at = resumed_at {shift}, front = front {shift}, "

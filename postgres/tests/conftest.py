@@ -18,7 +18,7 @@ def cluster() -> Iterator[Cluster]:
     """The server, started with `initdb` in a directory of its own."""
     programs = find_programs()
     if programs is None:
-        pytest.skip("PostgreSQL's server programs are not installed (initdb is neither in PATH nor in /usr/lib/postgresql)")
+        pytest.skip("PostgreSQL's server programs are missing (initdb is neither in PATH nor in /usr/lib/postgresql)")
     with tempfile.TemporaryDirectory(prefix="smsproxy-pg-", ignore_cleanup_errors=True) as directory:
         server = Cluster(programs, run_as(Path(directory)), Path(directory))
         try:

@@ -1,17 +1,20 @@
 """Measures what README.md quotes, on a throw-away server: python postgres/tests/figures.py [--messages 100000]
 
-Prints the statements of one process per message, what stays in the tables with a retention of one second, and the time
-from the kill of one of two instances to the end of the last request for what was accepted.
+Prints what a save, a look and a claim cost with so many messages that wait or are claimed; the statements of one
+process per message, and what stays in the tables with a retention of one second; and the time from the kill of one of
+two instances to the end of the last request for what was accepted.
 """
 from __future__ import annotations
 
 import argparse
+import math
 import signal
+import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import postgres.connections  # noqa: E402
 from cluster import Cluster, find_programs, run_as, until  # noqa: E402
-from fastsmsing import InMemoryClient  # noqa: E402
+from fastsmsing import InMemoryClient, Message  # noqa: E402
+from message_ids import NewIds  # noqa: E402
+from message_model import Entry  # noqa: E402
 from postgres import PostgresRepository  # noqa: E402
 from service import Load, Service  # noqa: E402
 from smsproxy import SendMessage, SmsProxy, SmsProxyConfig  # noqa: E402
@@ -46,9 +51,48 @@ def counted() -> Iterator[Counter[str]]:
 
 def tables(cluster: Cluster, url: str) -> dict[str, tuple[int, str]]:
     """Rows and size of each table."""
-    found = cluster.sql(url, "SELECT c.relname, pg_size_pretty(pg_total_relation_size(c.oid)) FROM pg_class c "
-                        "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'smsproxy' AND c.relkind = 'r'")  # fmt: skip
+    sizes = """
+        SELECT c.relname, pg_size_pretty(pg_total_relation_size(c.oid)) FROM pg_class c
+        JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'smsproxy' AND c.relkind = 'r'
+    """
+    found = cluster.sql(url, sizes)
     return {name: (cluster.sql(url, f"SELECT count(*) FROM smsproxy.{name}")[0][0], size) for name, size in found}
+
+
+def median(call: Callable[[], object], times: int) -> float:
+    """Milliseconds that a call takes."""
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken) * 1000
+
+
+def costs(cluster: Cluster, waiting: int, claimed: int) -> None:
+    """What a save of one and of 16 messages, a look that finds nothing due, and a claim of 100 messages cost."""
+    url, ids = cluster.create(f"costs_{waiting}_{claimed}"), NewIds()
+    with closing(PostgresRepository(url, lease=3600.0)) as repository:
+
+        def save(count: int) -> None:
+            messages = [Message("48123456789", "Your parcel is here", ids()) for _ in range(count)]
+            assert repository.save_all([Entry(message, linger=1e6) for message in messages]) == [None] * count
+
+        def claim() -> None:
+            assert len(repository.claim(100, math.inf).batch or ()) == 100
+
+        for _ in range((waiting + claimed) // 1_000):
+            save(1_000)
+        save((waiting + claimed) % 1_000)
+        for _ in range(claimed // 100):
+            claim()
+        for table in ("message", "outbox", "batch"):
+            cluster.sql(url, f"VACUUM ANALYZE smsproxy.{table}")
+        cluster.sql(url, "CHECKPOINT")
+        one, group = median(lambda: save(1), 200), median(lambda: save(GROUP), 200)
+        look, batch = median(lambda: repository.claim(100, 0.0), 100), median(claim, 30)
+        print(f"{waiting:6} waiting, {claimed:6} claimed: save of 1 {one:.2f} ms, of {GROUP} {group:.2f} ms; "
+              f"look {look:.2f} ms; claim of 100 {batch:.2f} ms")  # fmt: skip
 
 
 def deliver(cluster: Cluster, messages: int) -> None:
@@ -82,7 +126,8 @@ def in_request(service: Service) -> bool:
 
 def kill(cluster: Cluster, directory: Path, lease: float) -> None:
     """Kills one of two instances under load, in the middle of a request."""
-    service = Service(directory, cluster.create(f"killed_{lease:.0f}"), 2, "--lease", f"{lease}", "--max-delay", "0.5", latency=0.3)
+    url = cluster.create(f"killed_{lease:.0f}")
+    service = Service(directory, url, 2, "--lease", f"{lease}", "--max-delay", "0.5", latency=0.3)
     with service.running() as instances:
         with Load(instances) as load:
             load.await_accepted(1000)
@@ -94,7 +139,8 @@ def kill(cluster: Cluster, directory: Path, lease: float) -> None:
         until(lambda: service.sent().issuperset(accepted), "the last request", 120.0)
         ends = {each: request.end for request in service.requests() if request.taken for each in request.ids}
         last = max(end for each in accepted if (end := ends[each]) is not None)
-        print(f"lease {lease:g} s: {last - killed:.1f} s from the kill to the end of the last request for {len(accepted)} messages")
+        print(f"lease {lease:g} s: {last - killed:.1f} s from the kill to the end of the last request "
+              f"for {len(accepted)} messages")  # fmt: skip
 
 
 def main() -> None:
@@ -107,6 +153,8 @@ def main() -> None:
         cluster = Cluster(programs, run_as(Path(directory)), Path(directory))
         try:
             cluster.start()
+            for waiting, claimed in ((0, 0), (400, 0), (100_000, 0), (0, 400), (0, 6_400), (0, 30_000), (0, 100_000)):
+                costs(cluster, waiting, claimed)
             deliver(cluster, messages)
             for lease in (3.0, 30.0):
                 (Path(directory) / f"{lease}").mkdir()

@@ -16,7 +16,7 @@ __all__ = ["JournalClient", "make_client"]
 
 
 class JournalClient:
-    """Appends two lines a request to a file that all instances share: appending one with one call is atomic (`O_APPEND`).
+    """Appends two lines a request to a file that all instances share: one call appends one whole (`O_APPEND`).
 
     A request takes `latency` seconds; a share of `failures` fails at its end, as if the provider had not taken it.
     """

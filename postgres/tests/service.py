@@ -38,15 +38,19 @@ class Instance:
         """Starts the process."""
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "main.py"), *self._flags], cwd=HERE, env=dict(self._environ), stderr=log, stdout=log
-            )
+                [sys.executable, str(ROOT / "main.py"), *self._flags],
+                cwd=HERE, env=dict(self._environ), stderr=log, stdout=log,
+            )  # fmt: skip
 
     def await_ready(self) -> None:
         """Returns when it listens."""
-        self.port = int(until(self._listening, f"the start of {self.name}")[1])
+        found = until(self._listening, f"the start of {self.name}")
+        assert found is not None
+        self.port = int(found[1])
 
     def _listening(self) -> re.Match[str] | None:
-        assert self.process is not None and self.process.poll() is None, self.log
+        assert self.process is not None
+        assert self.process.poll() is None, self.log
         return re.search(r"listening on \S+ port (\d+)", self.log)
 
     @property
@@ -70,7 +74,9 @@ class Instance:
             self.process.kill()
             self.process.wait(HANG)
 
-    def call(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> tuple[int, Any]:
+    def call(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
         """One request on a connection of its own; returns status and document."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
         with contextlib.closing(connection):
@@ -99,7 +105,9 @@ class Request:
 class Service:
     """Some instances that share a database and a provider."""
 
-    def __init__(self, directory: Path, url: str, count: int, *flags: str, latency: float = 0.0, failures: float = 0.0) -> None:
+    def __init__(
+        self, directory: Path, url: str, count: int, *flags: str, latency: float = 0.0, failures: float = 0.0
+    ) -> None:
         self.journal = directory / "journal"
         self.journal.touch()
         environ = {name: value for name, value in os.environ.items() if not name.startswith("SMSPROXY_")}

@@ -29,9 +29,15 @@ def await_sent(service: Service, ids: Sequence[str]) -> None:
     until(lambda: service.sent().issuperset(ids), "the last request")
 
 
+def await_delivery(instance: Instance, message_id: str) -> None:
+    """Returns when an instance says that the message is delivered."""
+    until(lambda: instance.call("GET", f"/sms/{message_id}")[1]["Status"] == "DELIVERED", "the delivery report")
+
+
 def last_requests(service: Service, instance: Instance) -> list[Request]:
     """The requests that an instance had under way, or had just ended, when it was killed: one a sender."""
-    return list({request.thread: request for request in service.requests() if request.instance == instance.name}.values())
+    ours = [request for request in service.requests() if request.instance == instance.name]
+    return list({request.thread: request for request in ours}.values())
 
 
 def stop_in_requests(service: Service, instance: Instance) -> list[Request]:
@@ -63,7 +69,7 @@ def test_every_instance_accepts_and_every_instance_knows_all_messages(tmp_path: 
         ids = [instance.post()[1]["ID"] for instance in instances for _ in range(5)]
         for instance in instances:
             for message_id in ids:
-                until(lambda: instance.call("GET", f"/sms/{message_id}")[1] == {"Status": "DELIVERED"}, "the delivery")
+                await_delivery(instance, message_id)
             assert instance.call("GET", "/healthz")[0] == 200
 
 
@@ -92,7 +98,7 @@ def test_the_same_idempotency_key_at_two_instances_at_once_is_one_message(tmp_pa
 
 
 def run_round(cluster: Cluster, url: str, directory: Path, rng: random.Random) -> None:
-    """Three instances under load; one is killed and one hangs at random moments, and wakes up when the third did all."""
+    """Three instances under load; one is killed; one hangs at a random moment, and wakes up when the third did all."""
     service = Service(directory, url, 3, *FLAGS, "--backoff-base", "0.05", latency=0.3, failures=0.1)
     with service.running() as instances, Load(instances) as load:
         dies, hangs, stays = rng.sample(instances, 3)
@@ -109,7 +115,7 @@ def run_round(cluster: Cluster, url: str, directory: Path, rng: random.Random) -
         hangs.signal(signal.SIGCONT)
         message_id = hangs.post()[1]["ID"]  # it is awake, and serves
         await_sent(service, [message_id])
-        until(lambda: hangs.call("GET", f"/sms/{message_id}")[1]["Status"] == "DELIVERED", "the delivery report")
+        await_delivery(hangs, message_id)
         later = {each for request in service.requests()[before:] for each in request.ids}
         assert not later.intersection(row[0] for row in known)  # of what it held when it was stopped, it sends nothing
         check_nothing_lost(service, load, [*last_requests(service, dies), *hung])
@@ -144,7 +150,8 @@ def test_a_server_that_crashes_under_load_loses_nothing(cluster: Cluster, url: s
 
 def test_a_rolling_restart_hands_the_work_on_at_once(cluster: Cluster, url: str, tmp_path: Path) -> None:
     """The lease is far longer than the test: what is released need not wait for it."""
-    service = Service(tmp_path, url, 2, *FLAGS[2:], "--lease", "3600", "--backoff-base", "600", "--backoff-max", "600", failures=1.0)
+    backoff = ("--backoff-base", "600", "--backoff-max", "600")
+    service = Service(tmp_path, url, 2, *FLAGS[2:], "--lease", "3600", *backoff, failures=1.0)
     first, second = service.instances
     try:
         first.launch()
@@ -173,10 +180,10 @@ def test_three_instances_make_as_many_requests_as_one(cluster: Cluster, url: str
         ids: list[list[str]] = [[], []]
         for _ in range(150):
             targets = [rng.choice(service.instances) for service in services]
-            for answers, (_, document) in zip(ids, pool.map(Instance.post, targets)):
+            for answers, (_, document) in zip(ids, pool.map(Instance.post, targets), strict=True):
                 answers.append(document["ID"])
             threading.Event().wait(rng.expovariate(100))  # the trace: arrivals at random times
-        for service, answers in zip(services, ids):
+        for service, answers in zip(services, ids, strict=True):
             await_sent(service, answers)
     one, three = (len(service.requests()) for service in services)
     print(f"requests for 150 messages: {one} with one instance, {three} with three")
