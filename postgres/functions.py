@@ -118,7 +118,8 @@ RETURNS SETOF text LANGUAGE plpgsql AS $$
 DECLARE
     saved text[];
 BEGIN
-    saved := ARRAY(SELECT smsproxy.save(ids, phone_numbers, contents, fingerprints, lingers, defaults, max_ages, retention));
+    saved := ARRAY(SELECT smsproxy.save(
+        ids, phone_numbers, contents, fingerprints, lingers, defaults, max_ages, retention));
     IF cardinality(saved) < cardinality(ids) THEN
         RAISE EXCEPTION USING ERRCODE = 'SMS01';
     END IF;
