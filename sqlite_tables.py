@@ -240,16 +240,16 @@ class Tables:
         return None
 
     def _insert(self, entries: Sequence[Entry]) -> None:
-        now, epoch, messages, outbox = self._clock.monotonic(), self._clock.epoch, [], []
+        now, epoch, saved = self._clock.monotonic(), self._clock.epoch, self._change.saved
+        accepted_at, never, messages, outbox = now + epoch, math.inf, [], []
         for place, entry in enumerate(entries, self._last_place + 1):
-            message = entry.message
-            entry.place, entry.accepted_at = place, now
-            entry.due, entry.expires_at = now + entry.linger, now + entry.max_age
-            due, expires_at = entry.due + epoch, None if entry.max_age == math.inf else entry.expires_at + epoch
+            message, linger, max_age = entry.message, entry.linger, entry.max_age
+            entry.place, entry.accepted_at, entry.due, entry.expires_at = place, now, now + linger, now + max_age
+            due, expires_at = entry.due + epoch, None if max_age == never else entry.expires_at + epoch
             messages.append((message.message_id, place, entry.fingerprint))
-            outbox.append((place, message.message_id, now + epoch, due, expires_at, entry.default_linger,
+            outbox.append((place, message.message_id, accepted_at, due, expires_at, entry.default_linger,
                            message.phone_number, message.message))  # fmt: skip
-            self._change.saved.append((due, place))
+            saved.append((due, place))
         self._last_place += len(entries)
         _execute(self._db, INSERT_MESSAGES, messages)
         _execute(self._db, INSERT_OUTBOX, outbox)
