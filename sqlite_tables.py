@@ -38,8 +38,9 @@ INSERT_MESSAGES = """
     SELECT column1, 'ACCEPTED', column2, column3 FROM (VALUES {rows}) WHERE column1 IS NOT NULL
     ON CONFLICT (id) DO UPDATE
     SET status = 'ACCEPTED', reason = NULL, changed_at = NULL, place = excluded.place,
-    fingerprint = excluded.fingerprint
+    fingerprint = excluded.fingerprint WHERE changed_at <= ?
 """
+UNDO_MESSAGES = "DELETE FROM message WHERE id IN ({rows}) AND place > ?"
 INSERT_OUTBOX = f"INSERT INTO outbox ({COLUMNS}) SELECT * FROM (VALUES {{rows}}) WHERE column1 IS NOT NULL"
 _BEFORE = {  # the statuses that may lead to a status
     status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "''"
@@ -143,9 +144,10 @@ class Tables:
 
     def insert(self, max_pending: int | None, entries: Sequence[Entry]) -> list[Exception | None]:
         """`Repository.save_all`."""
-        ids = _rows(entry.message.message_id for entry in entries)
-        known = dict(_execute(self._db, FINGERPRINTS, ids, last=(self._forgotten(),)))
         room = self._room(max_pending)
+        if len(entries) <= room and self._insert(entries):  # which is nearly always so
+            return [None] * len(entries)
+        known = self._known(entries)
         new: list[Entry] = []
         errors: list[Exception | None] = []
         for entry in entries:
@@ -226,22 +228,26 @@ class Tables:
         backlog = self.claims.backlog + len(self._change.saved) - self._change.leaving
         return math.inf if max_pending is None else max_pending - backlog
 
-    def _insert_whole(self, max_pending: int | None, entries: Sequence[Entry]) -> Exception | None:
+    def _known(self, entries: Sequence[Entry]) -> dict[str, bytes | None]:
+        """The fingerprints of those of the messages that are stored already, by ID."""
         ids = _rows(entry.message.message_id for entry in entries)
-        known = dict(_execute(self._db, FINGERPRINTS, ids, last=(self._forgotten(),)))
+        return dict(_execute(self._db, FINGERPRINTS, ids, last=(self._forgotten(),)))
+
+    def _insert_whole(self, max_pending: int | None, entries: Sequence[Entry]) -> Exception | None:
+        if len(entries) <= self._room(max_pending) and self._insert(entries):
+            return None
+        known = self._known(entries)
         for entry in entries:
             message_id = entry.message.message_id
             if message_id in known:
                 return DuplicateMessageError(message_id, known[message_id])
             known[message_id] = entry.fingerprint
-        if len(entries) > self._room(max_pending):
-            return OverloadedError("too many messages are pending")
-        self._insert(entries)
-        return None
+        return OverloadedError("too many messages are pending")
 
-    def _insert(self, entries: Sequence[Entry]) -> None:
-        now, epoch, saved = self._clock.monotonic(), self._clock.epoch, self._change.saved
-        accepted_at, never, messages, outbox = now + epoch, math.inf, [], []
+    def _insert(self, entries: Sequence[Entry]) -> bool:
+        """Stores the entries; false if one of them is known already, and then stores none."""
+        now, epoch, never = self._clock.monotonic(), self._clock.epoch, math.inf
+        accepted_at, messages, outbox, saved = now + epoch, [], [], []
         for place, entry in enumerate(entries, self._last_place + 1):
             message, linger, max_age = entry.message, entry.linger, entry.max_age
             entry.place, entry.accepted_at, entry.due, entry.expires_at = place, now, now + linger, now + max_age
@@ -250,9 +256,15 @@ class Tables:
             outbox.append((place, message.message_id, accepted_at, due, expires_at, entry.default_linger,
                            message.phone_number, message.message))  # fmt: skip
             saved.append((due, place))
-        self._last_place += len(entries)
-        _execute(self._db, INSERT_MESSAGES, messages)
+        before = self._db.total_changes
+        _execute(self._db, INSERT_MESSAGES, messages, last=(self._forgotten(),))
+        if self._db.total_changes - before < len(messages):
+            _execute(self._db, UNDO_MESSAGES, _rows(row[0] for row in messages), last=(self._last_place,))
+            return False
         _execute(self._db, INSERT_OUTBOX, outbox)
+        self._last_place += len(entries)
+        self._change.saved += saved
+        return True
 
     def _leave_outbox(self, sql: str, rows: Sequence[Sequence[Any]], places: Iterable[int]) -> int:
         before = self._db.total_changes
@@ -294,11 +306,12 @@ def storable(message_id: str) -> bool:
 
 def _entry(row: Sequence[Any], clock: EpochClock) -> Entry:
     place, message_id, accepted_at, due, expires_at, default_linger, phone_number, content = row
-    expires_at = math.inf if expires_at is None else expires_at
+    max_age = math.inf if expires_at is None else round(expires_at - accepted_at, 6)
+    epoch = clock.epoch
+    accepted = accepted_at - epoch
     return Entry(
-        Message(phone_number, content, message_id), None,
-        round(due - accepted_at, 6), bool(default_linger), round(expires_at - accepted_at, 6),
-        accepted_at - clock.epoch, due - clock.epoch, expires_at - clock.epoch, place,
+        Message(phone_number, content, message_id), None, round(due - accepted_at, 6), bool(default_linger), max_age,
+        accepted, due - epoch, accepted + max_age, place,
     )  # fmt: skip
 
 

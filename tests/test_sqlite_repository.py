@@ -544,8 +544,12 @@ def test_of_cancels_expiry_saves_and_claims_at_once_each_message_has_one_end(pat
                 cancelled.extend(number for number in (start, start + 5) if repository.cancel(name(number)))
 
         def claim() -> None:
-            while not over.is_set() or repository.claim(1, 0.0).waiting:
-                claimed.extend(numbers(repository.claim(7, math.inf, flush=over.is_set()).batch))
+            while True:
+                last = over.is_set()
+                found = repository.claim(7, math.inf, flush=last)
+                claimed.extend(numbers(found.batch))
+                if last and not found.batch and not found.waiting:
+                    return
 
         def expire() -> None:
             while not over.is_set():
@@ -559,7 +563,7 @@ def test_of_cancels_expiry_saves_and_claims_at_once_each_message_has_one_end(pat
             over.set()
             for each in others:
                 each.result(HANG)
-        claimed.extend(numbers(all_due(repository)))
+        assert waiting(repository) == []
         left = sorted(claimed + cancelled + expired)
         assert left == sorted(thread * 1_000 + number for thread in range(3) for number in range(400))
         assert repository.backlog() == len(claimed)
