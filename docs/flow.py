@@ -4,30 +4,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-WIDTH, HEIGHT = 920, 400  # pixels
+WIDTH, HEIGHT = 950, 440  # pixels
 BOXES = {  # name: x, y, width, height, lines of text
-    "shop": (20, 40, 130, 80, ("the shop",)),
-    "front": (290, 40, 190, 80, ("HTTP: one loop", "http_front.py", "restapi.py")),
+    "shop": (20, 40, 120, 80, ("the shop",)),
+    "front": (230, 40, 170, 80, ("HTTP: one loop", "http_front", "restapi")),
+    "domain": (480, 40, 170, 80, ("the domain", "smsproxy", "batching_client")),
     "repository": (
-        620, 40, 280, 170, ("repository", "statuses, and the outbox in order", "memory, SQLite file", "or PostgreSQL"),
+        740, 40, 190, 210,
+        ("repository", "statuses, and the outbox", "in order of due:", "memory, SQLite file", "or PostgreSQL"),
     ),
-    "senders": (620, 290, 280, 80, ("senders 1 to 4", "behind one circuit breaker")),
-    "provider": (20, 290, 130, 80, ("FastSMSing",)),
-    "updater": (290, 170, 190, 60, ("status updater",)),
-}
+    "webhook": (230, 180, 170, 70, ("webhook", "webhook_sender")),
+    "updater": (480, 180, 170, 70, ("status updater", "status_updater")),
+    "provider": (20, 330, 120, 80, ("FastSMSing",)),
+    "senders": (480, 330, 170, 80, ("senders 1 to 4", "batch_sender")),
+    "dispatcher": (740, 330, 190, 80, ("dispatcher", "batch_dispatcher", "batch_scheduler: rules")),
+}  # fmt: skip
 ARROWS = (  # points, text, where the text is, how it is anchored
-    (((150, 60), (290, 60)), "POST /sms", (220, 52), "middle"),
-    (((480, 60), (620, 60)), "save, in groups", (550, 52), "middle"),
-    (((290, 100), (150, 100)), "202 and the ID", (220, 118), "middle"),
-    (((620, 100), (480, 100)), "saved", (550, 118), "middle"),
-    (((650, 210), (650, 290)), "claim: 100 wait, or", (660, 242), "start"),
-    ((), "the oldest is due", (660, 260), "start"),
-    (((870, 290), (870, 210)), "handed over", (860, 278), "end"),
-    (((620, 315), (150, 315)), "one paid request for up to 100 messages", (385, 307), "middle"),
-    (((150, 350), (620, 350)), "failed: the breaker opens; one request at a time tries again", (385, 368), "middle"),
-    (((85, 290), (85, 200), (290, 200)), "delivery reports", (95, 192), "start"),
-    (((480, 185), (620, 185)), "new statuses", (550, 177), "middle"),
-    (((620, 330), (590, 330), (590, 215), (480, 215)), "given up, with a reason", (582, 270), "end"),
+    (((140, 60), (230, 60)), "POST /sms", (185, 52), "middle"),
+    (((230, 100), (140, 100)), "202, the ID", (185, 118), "middle"),
+    (((400, 60), (480, 60)), "a group", (440, 52), "middle"),
+    (((480, 100), (400, 100)), "accepted", (440, 118), "middle"),
+    (((650, 60), (740, 60)), "save", (695, 52), "middle"),
+    (((740, 100), (650, 100)), "saved", (695, 118), "middle"),
+    (((800, 250), (800, 330)), "a batch: the first is due,", (792, 282), "end"),
+    ((), "or 100 are near", (792, 300), "end"),
+    (((850, 330), (850, 250)), "look", (858, 294), "start"),
+    (((740, 355), (650, 355)), "jobs", (695, 347), "middle"),
+    (((650, 390), (740, 390)), "ended", (695, 408), "middle"),
+    (((480, 355), (140, 355)), "one paid request for up to 100 messages", (310, 347), "middle"),
+    (((140, 390), (480, 390)), "taken, rejected, or failed: the breaker opens", (310, 408), "middle"),
+    (((60, 330), (60, 300), (520, 300), (520, 250)), "delivery reports", (70, 292), "start"),
+    (((580, 330), (580, 250)), "given up", (588, 318), "start"),
+    (((650, 215), (740, 215)), "statuses", (695, 207), "middle"),
+    (((740, 150), (315, 150), (315, 180)), "changes of a status, as an outbox", (560, 143), "middle"),
+    (((230, 215), (80, 215), (80, 120)), "told, signed", (90, 207), "start"),
 )
 
 
