@@ -364,10 +364,10 @@ class Connection:
         self.state, self._restarts = TRANSITIONS[self.state][event], True
 
     def _expire_in(self, seconds: float) -> None:
-        """Sets the deadline; whoever is idle from now on joins the end of those who are."""
+        """Sets the deadline; whoever may be idle from now on joins the end of those who are."""
         loop = self.loop
         self._restarts = False
-        if self.state <= HEAD and not (self._out or self.parser.buffer):
+        if self.state <= HEAD:
             try:
                 loop.idle.move_to_end(self)  # it may have been idle before
             except KeyError:

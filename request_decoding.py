@@ -19,6 +19,7 @@ __all__ = ["FIELDS", "decode"]
 FIELDS = {"phone_number": "PhoneNumber", "message": "Content", "max_delay": "MaxDelay", "max_age": "MaxAge"}
 FIELD_OF = {key: name for name, field in FIELDS.items() for key in (field, field.lower())}  # as written, or normalized
 FORM = re.compile(r"[A-Za-z_]+=")
+SPACE = " \t\n\r"  # RFC 8259, 2
 QUOTED = 50  # characters of a client's field name that an error quotes
 
 # Objects become tuples of name and value, which tells them from arrays; what is inside a field that is not ours is
@@ -32,8 +33,8 @@ def parse_object(body: bytes) -> tuple[tuple[str, Any], ...]:
     problem = "the body must be a JSON object in UTF-8"
     try:
         text = body.decode()
-        doc, end = _decode(text, len(text) - len(text.lstrip(" \t\n\r")))  # RFC 8259, 2
-        if behind := text[end:].lstrip(" \t\n\r"):
+        doc, end = _decode(text, 0 if text[:1] == "{" else len(text) - len(text.lstrip(SPACE)))
+        if end < len(text) and (behind := text[end:].lstrip(SPACE)):
             raise json.JSONDecodeError("Extra data", text, len(text) - len(behind))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
         if not body.strip():

@@ -119,6 +119,15 @@ def test_a_request_that_has_just_come_saves_its_connection_from_being_closed() -
         assert new.works
 
 
+def test_nothing_is_kept_of_connections_that_have_closed(front: DrivenFront) -> None:
+    peers = [front.connect() for _ in range(3)]
+    assert [peer.works for peer in peers] == [True] * 3
+    for peer in peers:
+        peer.half_close()
+    front.settle()
+    assert (front.open_connections, list(front.idle), front.active) == (0, [], {})
+
+
 def test_nobody_is_closed_at_the_limit_while_nobody_waits() -> None:
     with driven(Limits(connections=2)) as front:
         peers = [front.connect(), front.connect()]
@@ -447,6 +456,25 @@ def test_a_shutdown_at_the_limit_of_connections_accepts_no_more_and_is_quiet(cap
         front.finish()
         front.finish()
         assert [peer.response().status for peer in peers] == [200, 200]
+        front.settle()
+        assert front.open_connections == 0
+        waiting.socket.close()
+    assert caplog.messages == []
+
+
+def test_a_connection_that_is_idle_as_the_shutdown_begins_at_the_limit_does_not_begin_accepting_again(
+    caplog: Log,
+) -> None:
+    with driven(Limits(connections=2)) as front:
+        busy = front.connect().send(LATER)
+        front.settle()
+        silent, waiting = front.connect(), front.connect()
+        front.shutdown(LONG_TIME)
+        front.settle()
+        front.wait(SHUTDOWN_GRACE)
+        assert silent.has_ended
+        front.finish()
+        assert busy.response().status == 200
         front.settle()
         assert front.open_connections == 0
         waiting.socket.close()

@@ -165,6 +165,7 @@ BAD_BODIES: dict[str, tuple[bytes, str]] = {
     "unknown": (b'{"PhoneNumber": "48", "Content": "x", "Sender": "us"}', "unknown field Sender"),
     "misspelt": (b'{"Phonenumbr": "48", "Content": "x"}', "unknown field Phonenumbr; did you mean PhoneNumber?"),
     "misspelt with underscores": (b'{"PhoneNumber": "48", "_contnt_": "x"}', "_contnt_; did you mean Content?"),
+    "spelt apart": (b'{"PhoneNumber": "48", "c__o__n__t__e__n__t__s": "x"}', "t__s; did you mean Content?"),
     "unknown and odd inside": (b'{"o": {"a": 1, "A": NaN}, "PhoneNumber": "48", "Content": "x"}', "unknown field o"),
     "unknown, twice": (b'{"PhoneNumber": "48", "o": 1, "o": 2, "Content": "x"}', "unknown field o"),
     "unknown giant number": (b'{"PhoneNumber": "48", "Content": "x", "n": ' + b"9" * 20_000 + b"}", "unknown field n"),
@@ -656,7 +657,8 @@ def test_a_web_page_of_another_origin_can_send_nothing(headers: dict[str, str], 
 
 
 def test_a_default_port_is_the_same_origin(idle: RestServer) -> None:
-    for origin, host, status in (("https://a", "a:443", 202), ("http://a:80", "a", 202), ("http://a", "a:443", 403)):
+    origins = [("https://a", "a:443", 202), ("http://a:80", "A", 202), ("http://a", "a:443", 403), ("a", "", 403)]
+    for origin, host, status in origins:
         data = post(TEXT, f"Origin: {origin}").replace(b"Host: x", f"Host: {host}".encode())
         assert exchange(idle, data)[0] == status
 
