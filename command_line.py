@@ -1,7 +1,7 @@
 """Flags and environment variables become one value with all settings.
 
 `read_settings` ends the process with one line and exit code 2 when a setting is wrong, unknown or misspelt. No line
-shows an API key or any part of a database's URL.
+shows an API key, a secret, or any part of a URL.
 """
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from fastsmsing import FastSmsingClient
-from smsproxy import RETENTION, SmsProxyConfig, ValidationError
+from smsproxy import RETENTION, SmsProxyConfig, ValidationError, WebhookConfig, WebhookTarget, webhook_secrets
 
-__all__ = ["FLAGS", "KeySource", "Settings", "VARIABLES", "__version__", "is_url", "program", "read_settings"]
+__all__ = [
+    "FLAGS", "KeySource", "Settings", "VARIABLES", "__version__", "is_url", "program", "read_secrets", "read_settings",
+]  # fmt: skip
 
 __version__ = "0.2.0"
 
@@ -31,6 +33,7 @@ MOST = 1_000_000_000  # the largest number of any flag: 31 years in seconds, whi
 SHORTEST_KEY = 16  # characters of an API key: 95 bits if they are random letters and digits
 QUOTED = 40  # characters of a wrong value that are shown
 KEYS_FILE = "argument --api-keys-file"
+SECRET_FILE = "argument --webhook-secret-file"
 KEYS_VARIABLE = "environment variable SMSPROXY_API_KEYS"
 
 
@@ -97,6 +100,14 @@ def database(value: str) -> str:
     return value
 
 
+def receiver(value: str) -> WebhookTarget:
+    """A flag's type: the URL of the webhook's receiver. The message does not show it, since it may hold a password."""
+    try:
+        return WebhookTarget.of(value)
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(error.problem) from None
+
+
 # Flags
 
 Flag = tuple[str, Callable[[str], Any], "str | None", str]  # name, kind, default as it would be written, meaning
@@ -127,6 +138,10 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         ("db", database, None, "SQLite file or postgresql:// URL that keeps messages and statuses (default: memory)"),
         ("retention", number(float, 0), f"{RETENTION:g}", "seconds to remember a message after a change; 0: for ever"),
         ("lease", number(float, 3), "30", "PostgreSQL: seconds until others send the batches of a dead process"),
+    ),
+    "the webhook": (
+        ("webhook-url", receiver, None, "http or https URL that is told of every change of a status"),
+        ("webhook-secret-file", words, None, "file with one or two whsec_ secrets that sign; SIGHUP reads it again"),
     ),
     "running": (
         ("drain-timeout", number(float, 0), "10", "seconds to hand over what is pending when told to stop"),
@@ -185,12 +200,7 @@ class KeySource:
 
     def _in_file(self) -> Iterator[tuple[str, str, str, str]]:
         """Each key with its source, its place there and its name; a line that begins with # is a comment."""
-        try:
-            lines = Path(self.file).read_text("utf-8").splitlines() if self.file else []
-        except OSError as error:
-            raise ValidationError(KEYS_FILE, f"{self.file} cannot be read: {error.strerror}") from None
-        except ValueError:  # its text quotes what was read
-            raise ValidationError(KEYS_FILE, f"{self.file} is no text in UTF-8") from None
+        lines = text_of(self.file, KEYS_FILE).splitlines() if self.file else []
         for place, line in enumerate(lines, 1):
             given = line.split()
             if not given or given[0].startswith("#"):
@@ -198,6 +208,25 @@ class KeySource:
             if len(given) > 2:
                 raise ValidationError(KEYS_FILE, f"line {place} must have NAME KEY, or KEY alone")
             yield KEYS_FILE, f"line {place}", given[0] if len(given) == 2 else f"line {place}", given[-1]
+
+
+def text_of(file: str, source: str) -> str:
+    """What the file holds; raises `ValidationError`, which shows nothing of it."""
+    try:
+        return Path(file).read_text("utf-8")
+    except OSError as error:
+        raise ValidationError(source, f"{file} cannot be read: {error.strerror}") from None
+    except ValueError:  # its text quotes what was read
+        raise ValidationError(source, f"{file} is no text in UTF-8") from None
+
+
+def read_secrets(file: str) -> tuple[bytes, ...]:
+    """What the webhook signs with; raises `ValidationError`, which shows nothing of it."""
+    text = text_of(file, SECRET_FILE)
+    try:
+        return webhook_secrets(text)
+    except ValidationError as error:
+        raise ValidationError(SECRET_FILE, f"{file} {error.problem}") from None
 
 
 # Settings
@@ -219,6 +248,8 @@ class Settings:
     db: str | None = field(repr=False)  # it may hold a password
     retention: float
     lease: float
+    webhook: WebhookConfig | None
+    webhook_secret_file: str | None
     drain_timeout: float
     log_level: str
     log_format: str
@@ -255,10 +286,21 @@ def read_settings(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Set
     keys = KeySource(options.pop("api_keys_file"), given.get(_variable("api-keys"), ""))
     try:
         api_keys = keys.read()
+        options["webhook"] = _webhook(options.pop("webhook_url"), options["webhook_secret_file"])
     except ValidationError as error:
         parser.error(f"{error.field}: {error.problem}")
     options.update(config=config, make_client=make_client, keys=keys, api_keys=api_keys, service_links=links)
     return Settings(**options)
+
+
+def _webhook(target: WebhookTarget | None, secret_file: str | None) -> WebhookConfig | None:
+    if target is None and secret_file is None:
+        return None
+    if target is None:
+        raise ValidationError(SECRET_FILE, "needs --webhook-url")
+    if secret_file is None:
+        raise ValidationError("argument --webhook-url", "needs --webhook-secret-file")
+    return WebhookConfig(target, read_secrets(secret_file))
 
 
 def _variables(environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -27,7 +27,7 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
-from command_line import Settings, __version__, is_url, program, read_settings
+from command_line import Settings, __version__, is_url, program, read_secrets, read_settings
 from fastsmsing import FastSmsingClient, InMemoryClient
 from http_front import FrontServer
 from http_protocol import Limits
@@ -97,7 +97,9 @@ def make_repository(settings: Settings) -> Repository:
 def make_proxy(client: FastSmsingClient, settings: Settings, repository: Repository) -> SmsProxy:
     """The proxy, which subscribes to the client's delivery reports; raises `SmsProxyError` when that fails."""
     try:
-        return SmsProxy(client, settings.config, repository=repository)
+        return SmsProxy(client, settings.config, repository=repository, webhook=settings.webhook)
+    except SmsProxyError:
+        raise
     except Exception as error:  # somebody else's code
         raise SmsProxyError(f"the client's subscribe failed: {_said(error)}") from error
 
@@ -134,6 +136,7 @@ def log_start(settings: Settings) -> None:
     values = {each.name: getattr(part, each.name) for part in (settings, settings.config) for each in fields(part)}
     shown: dict[str, object] = {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
     shown.update(db=shown_database(settings.db), api_keys_file=settings.keys.file)
+    shown.update(webhook=settings.webhook and settings.webhook.target)  # without a password, and without the path
     text = " ".join(f"{name}={value}" for name, value in sorted(shown.items()) if value is not None)
     log.info("smsproxy %s: %s", __version__, text)
     if settings.service_links:
@@ -224,7 +227,7 @@ class Service:
         self._server.call_soon(self._proxy.drain)  # side by side with the end of HTTP, not after it
 
     def _reload(self) -> None:
-        self._server.call_soon(reload_keys, self._api, self._settings, self._environ)
+        self._server.call_soon(reload, self._api, self._proxy, self._settings, self._environ)
 
     def _wake(self) -> None:
         self._server.call_soon(_nothing)
@@ -243,8 +246,8 @@ def _nothing() -> None:
     """What the loop is woken for."""
 
 
-def reload_keys(api: RestApi, settings: Settings, environ: Mapping[str, str]) -> None:
-    """Reads the API keys again; bad ones change nothing."""
+def reload(api: RestApi, proxy: SmsProxy, settings: Settings, environ: Mapping[str, str]) -> None:
+    """Reads the API keys and the webhook's secrets again; bad ones change nothing."""
     notify(environ, f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         keys = settings.keys.read()
@@ -252,6 +255,13 @@ def reload_keys(api: RestApi, settings: Settings, environ: Mapping[str, str]) ->
         log.info("API keys read again: %s", ", ".join(sorted(keys)) or "none")
     except ValidationError as error:
         log.error("the API keys stay as they were: %s", error)
+    if settings.webhook_secret_file is not None:
+        try:
+            secrets = read_secrets(settings.webhook_secret_file)
+            proxy.set_webhook_secrets(secrets)
+            log.info("secrets of the webhook read again: %d", len(secrets))
+        except ValidationError as error:
+            log.error("the webhook's secrets stay as they were: %s", error)
     notify(environ, "READY=1")
 
 

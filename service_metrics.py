@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from message_model import FINAL_STATUSES, Reason
 
-__all__ = ["Counter", "Gauge", "Histogram", "Metric", "MetricSet", "Metrics"]
+__all__ = ["Counter", "Gauge", "Histogram", "Metric", "MetricSet", "Metrics", "WebhookMetrics"]
 
 ANY = ("",)  # the value of the label of a metric that has no label
 
@@ -136,10 +136,22 @@ LINGERS = (0.0, 1.0, 5.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 14400.0, 86400.0)  
 REQUEST_RESULTS = ("ok", "rejected", "error")
 
 
-class Metrics(MetricSet):
+class WebhookMetrics(MetricSet):
+    """What is counted of the webhook; all at 0 without one. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.webhook_requests = Counter("smsproxy_webhook_requests_total", "Requests to the webhook's receiver.",
+                                        "result", ("ok", "error"))  # fmt: skip
+        self.webhook_pending = Gauge("smsproxy_webhook_pending_messages", "Messages whose change is not told yet.")
+        self.webhook_oldest = Gauge("smsproxy_webhook_oldest_pending_seconds",
+                                    "Time since the first change that is not told yet, 0 without one.")  # fmt: skip
+
+
+class Metrics(WebhookMetrics):
     """What the domain counts, all at 0 from the start. Thread-safe."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.accepted = Counter("smsproxy_messages_accepted_total", "Messages accepted.")
         self.refused = Counter("smsproxy_refused_total", "Messages refused with a 503, by cause.", "reason",
                                ("queue_full", "stopping", "database"))  # fmt: skip

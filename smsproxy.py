@@ -43,6 +43,9 @@ from message_model import (
 )  # fmt: skip
 from service_metrics import Counter, Gauge, Histogram, Metrics, MetricSet
 from status_updater import StatusUpdateError, StatusUpdater
+from webhook_client import Webhook, WebhookClient
+from webhook_message import WebhookConfig, WebhookTarget, webhook_secrets
+from webhook_sender import WebhookSender
 from worker_threads import GRACE, Deadline
 
 __all__ = [
@@ -51,8 +54,8 @@ __all__ = [
     "InMemoryRepository", "Incident", "MessageStatus", "MetricSet", "Metrics", "OverloadedError", "Reason",
     "Repository", "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy",
     "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater",
-    "UnknownMessageError", "UnknownStatusError", "ValidationError", "check_transition", "describe", "is_ours",
-    "map_to_internal_status",
+    "UnknownMessageError", "UnknownStatusError", "ValidationError", "WebhookConfig", "WebhookTarget",
+    "check_transition", "describe", "is_ours", "map_to_internal_status", "webhook_secrets",
 ]  # fmt: skip
 
 log = logging.getLogger("smsproxy")
@@ -70,14 +73,20 @@ class SmsProxy:
     def __init__(
         self, client: FastSmsingClient, config: SmsProxyConfig = SmsProxyConfig(), *,
         repository: Repository | None = None, statistics: ResultSink | None = None,
-        generate_id: Callable[[], str] | None = None,
+        generate_id: Callable[[], str] | None = None, webhook: WebhookConfig | None = None,
     ) -> None:  # fmt: skip
         self.statistics = ClientStatistics() if statistics is None else statistics
         self.metrics = Metrics()
         self._client = client
         self._repository = InMemoryRepository() if repository is None else repository
         self._generate_id = generate_id or NewIds()
-        self._updater = StatusUpdater(self._repository, metrics=self.metrics, expire=lambda: self._batching.expire())
+        self._webhook = Webhook()
+        if webhook is not None:
+            sender = WebhookSender(webhook.target, webhook.secrets)
+            self._webhook = WebhookClient(self._repository.changes(), sender, self.metrics)
+        self._updater = StatusUpdater(
+            self._repository, metrics=self.metrics, expire=self._expire, changed=self._webhook.changed
+        )
         self._batching = SimpleBatchingClient(
             self._repository, client, config, self.statistics, metrics=self.metrics,
             give_up=self._updater.updates.put, remind=self._updater.remind, autostart=False,
@@ -105,8 +114,10 @@ class SmsProxy:
             if not self._started:
                 self._updater.start()
                 try:
+                    self._webhook.start()
                     self._batching.start()
                 except RuntimeError:
+                    self._webhook.stop(0.0)
                     self._updater.stop(GRACE)
                     raise
                 self._started = True
@@ -164,6 +175,7 @@ class SmsProxy:
         if not self._repository.cancel(message_id):
             return False
         if before is MessageStatus.ACCEPTED:
+            self._webhook.changed()
             self.metrics.given_up.add(1, Reason.CANCELLED.value)
             self.metrics.final.add(1, MessageStatus.FAILED.value)
         return True
@@ -171,10 +183,12 @@ class SmsProxy:
     def measure(self) -> None:
         """Sets the gauges in `metrics`. May block for the repository; what it cannot tell just now has no value."""
         self._batching.measure()
+        self._webhook.measure()
 
     def dead_threads(self) -> list[str]:
         """The names of threads that should run and do not. Never blocks."""
-        return self._batching.dead_threads() + (["smsproxy-updater-1"] if self._updater.dead else [])
+        updater = ["smsproxy-updater-1"] if self._updater.dead else []
+        return self._batching.dead_threads() + self._webhook.dead_threads() + updater
 
     def health(self) -> tuple[list[str], list[str]]:
         """Why this instance should get no traffic, and other warnings. May block for the repository."""
@@ -190,6 +204,9 @@ class SmsProxy:
             self._checks.ended()
         if self._updater.dead:
             reasons.append("smsproxy-updater-1 is dead")
+        self._webhook.measure()
+        reasons += [f"{name} is dead" for name in self._webhook.dead_threads()]
+        warnings += self._webhook.warnings()
         if self.metrics.stand_in.value:
             warnings.append("the provider is the stand-in, which sends nothing to anybody")
         return reasons, warnings
@@ -197,14 +214,25 @@ class SmsProxy:
     def drain(self) -> None:
         """Prepares a `stop`, see `SimpleBatchingClient.drain`. Returns at once."""
         self._batching.drain()
+        self._webhook.drain()
+
+    def set_webhook_secrets(self, secrets: tuple[bytes, ...]) -> None:
+        """What the webhook signs with from the next request on."""
+        self._webhook.set_secrets(secrets)
+
+    def _expire(self) -> tuple[list[str], float]:
+        expired = self._batching.expire()
+        self._webhook.changed()  # of what waited it is not known here whether anything expired
+        return expired
 
     def stop(self, timeout: float | None = None) -> int:
-        """Drains, then applies the delivery reports already received, and ends the client.
+        """Drains, then applies the delivery reports already received, and ends the client and the webhook.
 
         Blocks for `timeout` seconds and a little more at most; returns how many messages could not be
         handed over, see `SimpleBatchingClient.stop`.
         """
         deadline = Deadline(timeout)
+        self.drain()
         left = self._batching.stop(timeout)
         ending = deadline.or_in(GRACE)
         # In a thread of its own: a client that hangs must not hold up the end.
@@ -216,6 +244,7 @@ class SmsProxy:
             self._stop_client()
         if not self._updater.stop(ending.left):
             log.error("stopped before all delivery reports were applied")
+        self._webhook.stop(None if timeout is None else ending.left)
         return left
 
     def _stop_client(self) -> None:

@@ -57,7 +57,7 @@ class StatusUpdater:
     so whoever is faster than the repository waits. `updates.join()` returns once all that was put is stored; it
     never does for reports that a stop had to give up. `errors` gets what could not be applied; it is bounded,
     too: when full the oldest goes, and `errors_dropped` counts it. `expire` makes a step of what expires, as
-    `SimpleBatchingClient.expire` does.
+    `SimpleBatchingClient.expire` does. `changed` is called when statuses have changed, and must not block.
     """
 
     RESULTS: Mapping[type[Exception], str] = {
@@ -69,12 +69,13 @@ class StatusUpdater:
     def __init__(
         self, repository: Repository, *, metrics: Metrics | None = None, wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic, expire: Callable[[], tuple[list[str], float]] | None = None,
+        changed: Callable[[], object] = lambda: None,
     ) -> None:  # fmt: skip
         self.updates: queue.Queue[Mapping[str, object] | None] = queue.Queue(UPDATES_WAITING)
         self.errors: queue.Queue[StatusUpdateError] = queue.Queue(ERRORS_WAITING)
         self.errors_dropped = 0
         self._repository, self._wall_clock, self._clock, self._expire = repository, wall_clock, clock, expire
-        self._metrics = metrics or Metrics()
+        self._metrics, self._changed = metrics or Metrics(), changed
         self._incident = Incident(log, "status updates cannot be stored")
         self._forgetting = Incident(log, "messages whose time is over cannot be forgotten")
         self._unexpected = Incident(log, "the status updater goes on after an error")
@@ -191,6 +192,8 @@ class StatusUpdater:
         except Exception as error:  # whatever it is, it is told of each of them
             errors = dict.fromkeys(updates, error)
         applied = {message_id: update for message_id, update in updates.items() if message_id not in errors}
+        if applied:
+            self._changed()
         self._count(applied, replaced)
         failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
         if failed:

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "smsproxy": (
         "base_repository", "batch_scheduler", "batching_client", "client_statistics", "fastsmsing",
         "incident_log", "memory_repository", "message_ids", "message_model", "service_metrics",
-        "status_updater", "worker_threads",
+        "status_updater", "webhook_client", "webhook_message", "webhook_sender", "worker_threads",
     ),
     "batching_client": (
         "base_repository", "batch_dispatcher", "batch_scheduler", "batch_sender", "fastsmsing", "incident_log",
@@ -49,6 +49,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "status_updater": (
         "base_repository", "incident_log", "message_ids", "message_model", "service_metrics", "worker_threads",
     ),
+    "webhook_client": (
+        "batch_dispatcher", "batch_scheduler", "change_outbox", "incident_log", "message_model", "service_metrics",
+        "webhook_sender", "worker_threads",
+    ),
+    "webhook_sender": ("change_outbox", "incident_log", "webhook_message", "worker_threads"),
+    "webhook_message": ("change_outbox", "message_model"),
     "client_statistics": ("incident_log", "message_model"),
     "service_metrics": ("message_model",),
     "incident_log": ("message_ids",),
@@ -74,7 +80,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 MAY_POSTGRES_IMPORT = ("base_repository", "fastsmsing", "incident_log", "message_model")
 
 ROLES = {"smsproxy", "restapi", "fastsmsing", "main", "__main__"}  # the names that were given; others have two words
-PURE = {"batch_scheduler", "http_protocol", "message_model"}  # rules: decided from what they are told
+PURE = {"batch_scheduler", "http_protocol", "message_model", "webhook_message"}  # rules: decided from what they are told
 IMPURE = {"threading", "socket", "selectors", "time", "logging", "queue"}
 SETTING_SIGNALS = ("signal.signal", "signal.set_wakeup_fd", "signal.pthread_sigmask", "signal.setitimer")
 ASKS = {"postgres/tests/cluster.py"}  # it waits for what another process does, which can only be asked for

@@ -10,7 +10,7 @@ import pytest
 
 from command_line import FLAGS, KeySource, Settings, __version__, read_settings
 from fastsmsing import InMemoryClient
-from smsproxy import SmsProxyConfig, ValidationError
+from smsproxy import SmsProxyConfig, ValidationError, WebhookConfig, WebhookTarget, webhook_secrets
 
 HUGE = "9" * 400  # digits, as a number of which no float is
 SHOP, BATCH = "key-of-the-shop!", "key-of-the-batch"  # just long enough
@@ -232,6 +232,51 @@ def test_keys_are_read_anew_from_the_file_and_the_same_list(keys: Path) -> None:
         source.read()
 
 
+# The webhook
+
+
+HOOK = "https://shop:hunter2@shop.example/zqx?token=vkw"
+SECRET = "whsec_" + "MfKQ" * 8
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_text(f"# of the shop\n{SECRET}\n")
+    return path
+
+
+def test_the_webhook_has_a_url_and_secrets_or_is_off(secret: Path) -> None:
+    given = {"webhook-url": HOOK, "webhook-secret-file": str(secret)}
+    argv = [f"--{name}={value}" for name, value in given.items()]
+    for settings in (read_settings(argv, {}), read_settings([], {variable(name): given[name] for name in given})):
+        assert settings.webhook == WebhookConfig(WebhookTarget.of(HOOK), webhook_secrets(SECRET))
+        assert settings.webhook_secret_file == str(secret)
+        assert [each for each in ("hunter2", "zqx", "vkw", "MfKQ") if each in repr(settings)] == []
+    assert read_settings([], {}).webhook is None
+
+
+@pytest.mark.parametrize(("url", "file", "what"), [
+    (HOOK, "", "--webhook-url: needs --webhook-secret-file"), ("", "{file}", "--webhook-secret-file: needs --webhook-url"),
+    ("shop:hunter2@zqx", "{file}", "--webhook-url: must be an http:// or https:// URL"),
+    (HOOK, "/nowhere/at/all", "--webhook-secret-file: /nowhere/at/all cannot be read: No such file or directory"),
+    (HOOK, "/", "--webhook-secret-file: / cannot be read: Is a directory")])  # fmt: skip
+def test_a_webhook_that_lacks_something_is_refused(
+    url: str, file: str, what: str, secret: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--webhook-url={url}"] * bool(url) + [f"--webhook-secret-file={file.format(file=secret)}"] * bool(file)
+    assert what in line(capsys, argv, {})
+
+
+@pytest.mark.parametrize("held", [b"", b"whsec_zqx\n", b"zqx\xff", b"\n".join([SECRET.encode()] * 3)])
+def test_a_wrong_secret_is_refused_and_not_shown(
+    held: bytes, secret: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret.write_bytes(held)
+    refused = line(capsys, ["--webhook-url", HOOK, "--webhook-secret-file", str(secret)], {})
+    assert refused.startswith(f"argument --webhook-secret-file: {secret} ")
+
+
 # The client
 
 
@@ -261,9 +306,9 @@ def test_help_groups_the_flags_shows_their_defaults_and_nothing_of_the_environme
     out, err = capsys.readouterr()
     assert (end.value.code, err, SHOP in out) == (0, "", False)
     groups = re.findall(r"^([a-z ]+):$", out, re.MULTILINE)
-    assert groups[-5:] == list(FLAGS)
+    assert groups[-6:] == list(FLAGS)
     texts = dict(re.findall(r"^  --([a-z-]+) ((?:.|\n   )*)", out, re.MULTILINE))
-    assert set(TABLE) | {"version", "check"} == set(texts)
+    assert set(TABLE) | {"version", "check", "webhook-url", "webhook-secret-file"} == set(texts)
     for name, (default, *_) in TABLE.items():
         text = {"db": "memory", "max-age": "none"}.get(name, f"{default:g}" if type(default) is float else str(default))
         shown = re.findall(r"\(default: (.*?)\)", " ".join(texts[name].split()))
