@@ -257,7 +257,8 @@ def test_the_webhook_has_a_url_and_secrets_or_is_off(secret: Path) -> None:
 
 
 @pytest.mark.parametrize(("url", "file", "what"), [
-    (HOOK, "", "--webhook-url: needs --webhook-secret-file"), ("", "{file}", "--webhook-secret-file: needs --webhook-url"),
+    (HOOK, "", "--webhook-url: needs --webhook-secret-file"),
+    ("", "{file}", "--webhook-secret-file: needs --webhook-url"),
     ("shop:hunter2@zqx", "{file}", "--webhook-url: must be an http:// or https:// URL"),
     (HOOK, "/nowhere/at/all", "--webhook-secret-file: /nowhere/at/all cannot be read: No such file or directory"),
     (HOOK, "/", "--webhook-secret-file: / cannot be read: Is a directory")])  # fmt: skip
