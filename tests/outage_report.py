@@ -2,7 +2,7 @@
 
     python tests/outage_report.py [--seeds 5]
 
-The shop sends 50 messages a second, all settings have their defaults, and a request takes 0.3 s. FastSMSing is gone
+The shop sends 20 messages a second, all settings have their defaults, and a request takes 0.3 s. FastSMSing is gone
 some 20 s after the start. *Requests meanwhile* are those that fail, each of them perhaps billed. *The next request
 afterwards* is the longest time from the moment that FastSMSing is back until a request starts.
 """
@@ -20,7 +20,7 @@ from simulation import Shop, World, away
 
 __all__ = ["outage", "report"]
 
-BEGIN = 20.0, 0.4  # seconds; and so much later for each seed, since a batch leaves every 2 s
+BEGIN = 20.0, 1.0  # seconds; and so much later for each seed, since a batch leaves every 5 s
 OUTAGES = {"1 s": 1.0, "5 s": 5.0, "30 s": 30.0, "60 s": 60.0, "30 min": 1800.0}
 HEAD = """\
 | FastSMSing is away for | messages `FAILED` | requests meanwhile | the next request afterwards |
@@ -32,7 +32,7 @@ def outage(seconds: float, seed: int) -> tuple[int, int, float]:
     begin = BEGIN[0] + BEGIN[1] * seed
     world, end = World(), begin + seconds
     shop = Shop(world, away(begin, end), latency=0.3, seed=seed)
-    shop.load(end + 40.0, rate=5.0)
+    shop.load(end + 40.0, rate=2.0)
     shop.stop()
     if not shop.delivered_once():
         raise RuntimeError("a message was lost or sent twice")
