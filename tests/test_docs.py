@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 import command_line
+import cost_report
+from cost_report import Policy
 from helpers import HANG, until
 from receivers import VERIFY, VERIFY_WITH_LIBRARY
 from restapi import CODES, HttpMetrics
@@ -295,13 +297,24 @@ def test_every_file_exists(page: str) -> None:
     assert [name for name in sorted(named) if not any((folder / name).exists() for folder in folders)] == []
 
 
-# What has to be complete
+# What has to be complete, and right
 
 
 def table(text: str, head: str) -> list[list[str]]:
     """The rows of the table whose first column is called so."""
     rows = re.findall(rf"^\| {head} \|.*\n\|[-:| ]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for each in rows for row in each.splitlines()]
+
+
+def test_the_costs_of_one_linger_for_all_are_those_that_the_report_prints() -> None:
+    traces, shown = cost_report.traces(20_000, 1), table(TEXTS["docs/cost.md"], "arrivals")[::3]  # each takes a while
+    printed = []
+    for name, batch_size, linger, *_ in shown:
+        policy = Policy(int(batch_size), float(linger.removesuffix(" s")))
+        (row,) = cost_report.rows({name: traces[name]}, [policy])
+        cells = [cell.strip() for cell in str(row).split("|")]
+        printed.append([*cells[1:4], *cells[5:-1]])  # without the provider's time, which is the same everywhere
+    assert printed == shown != []
 
 
 def defaults(page: str) -> Mapping[str, str]:
