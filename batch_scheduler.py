@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Union
 
@@ -101,11 +101,13 @@ class SmsProxyConfig:
 
     def entry(self, message: SendMessage, message_id: str, fingerprint: bytes | None = None) -> Entry:
         """The message as it goes into the outbox, with its linger and its `max_age`."""
-        delay = self.max_delay if message.max_delay is None else message.max_delay
-        age = self.max_age if message.max_age is None else message.max_age
-        linger, max_age = math.inf if delay is None else delay, math.inf if age is None else age
         default = message.max_delay is None
-        return Entry(message.to_message(message_id), fingerprint, min(linger, max_age / 2), default, max_age)
+        delay = self.max_delay if default else message.max_delay
+        age = self.max_age if message.max_age is None else message.max_age
+        linger, max_age = math.inf if delay is None else delay, math.inf
+        if age is not None:
+            linger, max_age = min(linger, age / 2), age
+        return Entry(message.to_message(message_id), fingerprint, linger, default, max_age)
 
     def backoff(self, failures: int, fraction: float) -> float:
         """Seconds to wait after so many failures; `fraction` in 0..1 is the jitter."""
@@ -234,14 +236,16 @@ class Outlook:
     due: float = math.inf  # when the first is due
     full_due: float = math.inf  # when that message is due whose coming within the horizon may make a batch full
 
-    def add(self, due: float, near: bool) -> None:
-        """A message that came in."""
-        self.waiting += 1
-        self.due = min(self.due, due)
-        if near:
-            self.near += 1
-        else:
-            self.full_due = min(self.full_due, due)
+    def add(self, dues: Sequence[float], limit: float) -> None:
+        """Messages that came in; what is due by `limit` is within the horizon."""
+        self.waiting += len(dues)
+        self.due = min(self.due, min(dues))
+        if max(dues) <= limit:  # the common case
+            self.near += len(dues)
+            return
+        beyond = [due for due in dues if due > limit]
+        self.near += len(dues) - len(beyond)
+        self.full_due = min(self.full_due, min(beyond))
 
     def look_at(self, size: int, horizon: float, last_horizon: float) -> float:
         """When a look may find a batch; `last_horizon` is that of the last look."""
@@ -325,16 +329,17 @@ class Scheduler(Generic[B]):
         self._saving += not self.closed
         return not self.closed
 
-    def saved(self, lingers: Iterable[float], now: float) -> bool:
+    def saved(self, lingers: Sequence[float], now: float) -> bool:
         """Messages with these lingers were; returns whether the next step may be another for that."""
         self._saving -= 1
-        return self.waits((now + linger for linger in lingers), now) or self.draining
+        return self.waits([now + linger for linger in lingers], now) or self.draining
 
-    def waits(self, dues: Iterable[float], now: float) -> bool:
+    def waits(self, dues: Sequence[float], now: float) -> bool:
         """Messages that are due then wait in the outbox; returns whether the next step may be another for that."""
-        before, limit = self._look_at(), now + self._horizon()
-        for due in dues:
-            self._outlook.add(due, due <= limit)
+        if not dues:
+            return False
+        before = self._look_at()
+        self._outlook.add(dues, now + self._horizon())
         return self._look_at() < before
 
     def claimed(self, claim: Claim[B], now: float) -> None:

@@ -127,9 +127,8 @@ class SimpleBatchingClient:
             finally:
                 self.dispatcher.end_save([entry.linger for entry in saved])
             self._metrics.accepted.add(len(saved))
-            soonest = min((entry.max_age for entry in saved), default=math.inf)
-            if soonest != math.inf:
-                self._remind(soonest)
+            if expiring := [entry.max_age for entry in saved if entry.max_age != math.inf]:
+                self._remind(min(expiring))
         self._count_refusals(errors)
         return errors
 

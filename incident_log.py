@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from message_ids import is_ours
+from message_ids import all_ours, is_ours
 
 __all__ = ["Incident", "counted", "describe", "location", "named"]
 
@@ -43,7 +43,8 @@ def counted(number: float, noun: str) -> str:
 
 def named(ids: Sequence[object]) -> str:
     """The first of the IDs. What is not an ID of ours is not quoted: it could be a phone number."""
-    shown = [str(each) for each in ids[:IDS_IN_A_LINE] if is_ours(each)]
+    shown = [each for each in ids[:IDS_IN_A_LINE] if isinstance(each, str)]
+    shown = shown if all_ours(shown) else list(filter(is_ours, shown))
     more = len(ids) - len(shown)
     return " ".join([*shown, f"(and {more} more)"] if shown and more else shown or [counted(more, "other ID")])
 

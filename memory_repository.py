@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository, look
 from memory_changes import MemoryChanges
@@ -50,17 +50,24 @@ class _Outbox:
         """How many are in no batch."""
         return len(self.entries) - len(self.claimed)
 
-    def add(self, entry: Entry) -> None:
-        """A new message."""
-        self._places += 1
-        entry.place = self._places
-        self.entries[entry.message.message_id] = entry
-        if self._sorted and entry.due < self._sorted[-1].due:
-            heapq.heappush(self._earlier, (entry.due, entry.place, entry))
-        else:
-            self._sorted.append(entry)
-        if entry.expires_at != math.inf:
-            heapq.heappush(self._expiring, (entry.expires_at, entry.place, entry))
+    def add(self, accepted: Iterable[Entry], now: float) -> None:
+        """Messages that are accepted now."""
+        entries, in_order, place = self.entries, self._sorted, self._places
+        last = in_order[-1].due if in_order else -math.inf
+        for entry in accepted:
+            place += 1
+            due = now + entry.linger
+            entry.accepted_at, entry.due, entry.place = now, due, place
+            entries[entry.message.message_id] = entry
+            if due >= last:
+                in_order.append(entry)
+                last = due
+            else:
+                heapq.heappush(self._earlier, (due, place, entry))
+            if entry.max_age != math.inf:
+                entry.expires_at = now + entry.max_age
+                heapq.heappush(self._expiring, (entry.expires_at, place, entry))
+        self._places = place
 
     def hasten(self, max_delay: float) -> None:
         """See `Repository`."""
@@ -80,8 +87,8 @@ class _Outbox:
     def remove(self, message_id: str) -> None:
         """A message leaves the outbox."""
         del self.entries[message_id]
-        self.claimed.pop(message_id, None)
-        self._tidy()
+        if self.claimed.pop(message_id, None) is None or self._expiring:  # otherwise nothing is left over
+            self._tidy()
 
     def waits(self, entry: Entry) -> bool:
         """Whether this very entry is in the outbox and in no batch."""
@@ -91,13 +98,14 @@ class _Outbox:
     def take(self, most: int) -> list[Entry]:
         """The first messages that wait, in order; `claim` them or `put_back` all of them."""
         taken: list[Entry] = []
-        in_order, earlier = self._sorted, self._earlier
+        in_order, earlier, entries, claimed = self._sorted, self._earlier, self.entries, self.claimed
         while len(taken) < most and (in_order or earlier):
             if earlier and (not in_order or earlier[0][:2] < (in_order[0].due, in_order[0].place)):
                 entry = heapq.heappop(earlier)[2]
             else:
                 entry = in_order.popleft()
-            if self.waits(entry):
+            message_id = entry.message.message_id
+            if entries.get(message_id) is entry and message_id not in claimed:  # `waits`, without the call
                 taken.append(entry)
         return taken
 
@@ -155,18 +163,23 @@ class InMemoryRepository(Repository):
     def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
         """See `Repository`."""
         with self._lock:
-            now, limit, outbox = self._clock(), math.inf if max_pending is None else max_pending, self._outbox
+            now, records, new = self._clock(), self._records, list[Entry]()
+            room = math.inf if max_pending is None else max_pending - len(self._outbox.entries)
             errors: list[Exception | None] = []
             for entry in entries:
                 message_id = entry.message.message_id
-                record = self._records.get(message_id)
+                record = records.get(message_id)
                 if record is not None and record[2] > now:
                     errors.append(DuplicateMessageError(message_id, self._fingerprints.get(message_id)))
-                elif len(outbox.entries) >= limit:
+                elif len(new) >= room:
                     errors.append(OverloadedError("too many messages are pending"))
                 else:
-                    self._save(entry, message_id, now)
+                    records[message_id] = _IN_OUTBOX
+                    if entry.fingerprint is not None or self._fingerprints:
+                        self._keep_fingerprint(entry, message_id)
+                    new.append(entry)
                     errors.append(None)
+            self._outbox.add(new, now)
             return errors
 
     def save_together(self, entries: Sequence[Entry], max_pending: int | None = None) -> Exception | None:
@@ -184,7 +197,9 @@ class InMemoryRepository(Repository):
             if max_pending is not None and len(self._outbox.entries) + len(new) > max_pending:
                 return OverloadedError("too many messages are pending")
             for message_id, entry in new.items():
-                self._save(entry, message_id, now)
+                self._records[message_id] = _IN_OUTBOX
+                self._keep_fingerprint(entry, message_id)
+            self._outbox.add(new.values(), now)
             return None
 
     def get(self, message_id: str) -> MessageStatus:
@@ -312,13 +327,10 @@ class InMemoryRepository(Repository):
                 return None
             return max(0.0, slices[0][0] - now) if slices else self._retention
 
-    def _save(self, entry: Entry, message_id: str, now: float) -> None:
-        entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
-        self._records[message_id] = _IN_OUTBOX
-        self._outbox.add(entry)
+    def _keep_fingerprint(self, entry: Entry, message_id: str) -> None:
         if entry.fingerprint is not None:
             self._fingerprints[message_id] = entry.fingerprint
-        elif self._fingerprints:  # one may be left of a message whose time is over and that is not forgotten yet
+        else:  # one may be left of a message whose time is over and that is not forgotten yet
             self._fingerprints.pop(message_id, None)
 
     def _unsent(self, batch: Batch) -> list[Entry]:

@@ -170,10 +170,10 @@ class StatusUpdater:
         updates: Updates = {}
         failures: list[StatusUpdateError] = []
         try:
-            for message_id, status in report.items() if isinstance(report, Mapping) else {"": report}.items():
+            for message_id, status in report.items() if isinstance(report, Mapping) else ((None, report),):
                 try:
-                    if not isinstance(message_id, str) or not isinstance(report, Mapping):
-                        raise UnknownMessageError(f"a {type(report).__name__} whose IDs are no strings")
+                    if not isinstance(message_id, str):
+                        raise UnknownMessageError("the ID is not a string")
                     updates[message_id] = status if isinstance(status, Reason) else map_to_internal_status(status)
                 except (UnknownMessageError, UnknownStatusError) as error:
                     failures.append(StatusUpdateError(error, message_id, status))

@@ -167,6 +167,11 @@ def test_patient_messages_make_no_batch_full_before_their_time() -> None:
     assert scheduler.next(0.0) == 3600.0 - 7.0  # the horizon: 5 s, and 1 s for each of two batches
     assert save(scheduler, *[3600.0] * 50)
     assert scheduler.next(0.0) == 3600.0 - 12.0
+    scheduler = scheduler_of(batch_size=10, max_delay=5.0, senders=1)
+    save(scheduler, *[3600.0] * 9)
+    assert scheduler.next(0.0) == 3600.0  # no full batch
+    save(scheduler, 3600.0)
+    assert scheduler.next(0.0) == 3600.0 - 6.0
 
 
 def test_a_look_that_finds_no_batch_is_repeated_when_there_may_be_one() -> None:
@@ -343,6 +348,20 @@ def test_what_expires_is_taken_out_of_batches_that_wait_for_a_retry() -> None:
     assert scheduler.next(30.0) == math.inf
 
 
+def test_of_several_batches_the_first_expiry_counts() -> None:
+    scheduler = scheduler_of(batch_size=1)
+    save(scheduler, 0.0, 0.0, 0.0)
+    jobs = []
+    for name, expires_at in (("a", 30.0), ("b", 20.0), ("c", math.inf)):
+        scheduler.next(0.0)
+        scheduler.claimed(Claim(batch(name, expires_at=expires_at), waiting=1), 0.0)
+        jobs.append(begin(scheduler, 0.0, name))
+    for job in jobs:
+        fail(scheduler, job, 1.0)
+    assert scheduler.expire(1.0) == ([], 20.0)
+    assert scheduler.expire(25.0) == (["b"], 30.0)
+
+
 # The end
 
 
@@ -378,6 +397,16 @@ def test_a_drain_shortens_backoffs() -> None:
     scheduler.drain(0.0)
     assert scheduler.next(0.0) == 1.0
     begin(scheduler, 1.0, "a")
+
+
+@pytest.mark.parametrize(("asked", "wait"), [(0.0, 1.0), (0.25, 1.0), (7.0, 7.0)])
+def test_a_drain_shortens_the_wait_of_the_breaker_but_not_what_fastsmsing_asked_for(asked: float, wait: float) -> None:
+    breaker = CircuitBreaker(SmsProxyConfig(backoff_base=30.0), lambda: 1.0)
+    breaker.failed("a", asked, 0.0)
+    breaker.hasten(0.0)
+    assert breaker.wait(0.0) == wait
+    breaker.hasten(wait - 0.5)
+    assert breaker.wait(wait - 0.5) == 0.5  # it is never put off
 
 
 def test_a_closed_scheduler_refuses_messages_and_waits_for_those_being_saved() -> None:
