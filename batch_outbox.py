@@ -2,6 +2,7 @@
 of a status for the webhook."""
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def look(
     """
     if dues and (flush or dues[0] - now <= ALMOST):
         return None
-    near = len(dues) if horizon == math.inf else sum(due - now - horizon <= ALMOST for due in dues)
+    near = bisect.bisect_right(dues, now + horizon + ALMOST)
     if near >= size:
         return None
     full_in = dues[size - 1] - now - horizon if len(dues) >= size else math.inf

@@ -84,11 +84,13 @@ class _Outbox:
         if entry.expires_at != math.inf:
             heapq.heappush(self._expiring, (entry.expires_at, entry.place, entry))
 
-    def remove(self, message_id: str) -> None:
-        """A message leaves the outbox."""
-        del self.entries[message_id]
-        if self.claimed.pop(message_id, None) is None or self._expiring:  # otherwise nothing is left over
-            self._tidy()
+    def remove(self, ids: Iterable[str]) -> None:
+        """Messages leave the outbox."""
+        entries, claimed = self.entries, self.claimed
+        for message_id in ids:
+            del entries[message_id]
+            claimed.pop(message_id, None)
+        self._tidy()
 
     def waits(self, entry: Entry) -> bool:
         """Whether this very entry is in the outbox and in no batch."""
@@ -115,7 +117,7 @@ class _Outbox:
 
     def claim(self, taken: Sequence[Entry]) -> None:
         """What `take` returned is in a batch."""
-        self.claimed.update((entry.message.message_id, entry) for entry in taken)
+        self.claimed.update({entry.message.message_id: entry for entry in taken})
 
     def expired(self, now: float) -> tuple[list[str], float]:
         """The first messages that wait and are past their expiry, and when the next one is."""
@@ -215,19 +217,22 @@ class InMemoryRepository(Repository):
     def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
         """See `Repository`."""
         failures: dict[str, Exception] = {}
+        changed: dict[MessageStatus | Reason, list[str]] = {}
         with self._lock:
-            now = self._clock()
+            now, records = self._clock(), self._records
             for message_id, update in updates.items():
-                record = self._records.get(message_id)
+                record = records.get(message_id)
                 current = MessageStatus.NOT_FOUND if record is None or record[2] <= now else record[0]
+                if STATUS_OF[update] in TRANSITIONS[current]:
+                    changed.setdefault(update, []).append(message_id)
+                    continue
                 try:
-                    if STATUS_OF[update] not in TRANSITIONS[current]:
-                        check_transition(message_id, current, STATUS_OF[update])
-                    if record is _IN_OUTBOX:
-                        self._outbox.remove(message_id)
-                    self._change(message_id, update, now)
+                    check_transition(message_id, current, STATUS_OF[update])
                 except SmsProxyError as error:
                     failures[message_id] = error
+            for update, ids in changed.items():
+                self._outbox.remove(message_id for message_id in ids if records[message_id] is _IN_OUTBOX)
+                self._change(ids, update, now)
         return failures
 
     def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
@@ -258,19 +263,17 @@ class InMemoryRepository(Repository):
     def handed_over(self, batch: Batch) -> None:
         """See `Repository`."""
         with self._lock:
-            now = self._clock()
-            for message_id in batch.ids:
-                if self._records.get(message_id) is _IN_OUTBOX:
-                    self._outbox.remove(message_id)
-                    self._change(message_id, MessageStatus.ACCEPTED, now)
+            ids = [message_id for message_id in batch.ids if self._records.get(message_id) is _IN_OUTBOX]
+            self._outbox.remove(ids)
+            self._change(ids, MessageStatus.ACCEPTED, self._clock())
 
     def cancel(self, message_id: str) -> bool:
         """See `Repository`."""
         with self._lock:
             now, entry = self._clock(), self._outbox.entries.get(message_id)
             if entry is not None and self._outbox.waits(entry):
-                self._outbox.remove(message_id)
-                self._change(message_id, Reason.CANCELLED, now)
+                self._outbox.remove([message_id])
+                self._change([message_id], Reason.CANCELLED, now)
         return self.reason(message_id) is Reason.CANCELLED
 
     def expire(self) -> tuple[list[str], float]:
@@ -278,9 +281,8 @@ class InMemoryRepository(Repository):
         with self._lock:
             now = self._clock()
             expired, following = self._outbox.expired(now)
-            for message_id in expired:
-                self._outbox.remove(message_id)
-                self._change(message_id, Reason.EXPIRED, now)
+            self._outbox.remove(expired)
+            self._change(expired, Reason.EXPIRED, now)
             return expired, max(0.0, following - now)
 
     def hasten(self, max_delay: float) -> None:
@@ -338,8 +340,8 @@ class InMemoryRepository(Repository):
         claimed = self._outbox.claimed
         return [entry for entry in batch.entries if claimed.get(entry.message.message_id) is entry]
 
-    def _change(self, message_id: str, update: MessageStatus | Reason, now: float) -> None:
-        """Records a message that is not in the outbox any more."""
+    def _change(self, ids: Sequence[str], update: MessageStatus | Reason, now: float) -> None:
+        """Records messages that are not in the outbox any more."""
         if now >= self._slice_end:
             self._slice_end = now + self._retention / 1000
             self._shared = {}
@@ -350,11 +352,14 @@ class InMemoryRepository(Repository):
             forget_at = self._slices[-1][0] if self._retention else math.inf
             record = (STATUS_OF[update], update if isinstance(update, Reason) else None, forget_at)
             self._shared[update] = record
-        if self._retention and self._records[message_id][2] != record[2]:
-            self._slices[-1][1].append(message_id)
-        self._records[message_id] = record
+        records = self._records
+        if self._retention:
+            self._slices[-1][1].extend([each for each in ids if records[each][2] != record[2]])
+        for message_id in ids:
+            records[message_id] = record
         if self._changes is not None and record[0] is not MessageStatus.ACCEPTED:
-            self._changes.record(message_id, update, now)
+            for message_id in ids:
+                self._changes.record(message_id, update, now)
 
 
 _IN_OUTBOX: Record = (MessageStatus.ACCEPTED, None, math.inf)

@@ -156,7 +156,8 @@ class SendMessage:
         if not (number.isascii() and number.isdigit()):
             raise ValidationError("phone_number", "must consist of the digits 0 to 9 only")
         try:
-            text.encode()
+            if not text.isascii():
+                text.encode()
         except UnicodeEncodeError:  # could not be sent on
             raise ValidationError("message", "must not contain lone surrogates") from None
         if self.max_delay is not None and not _is_time(self.max_delay):

@@ -167,16 +167,21 @@ class StatusUpdater:
 
     def _updates(self, report: object) -> Updates:
         """What a report says, less what makes no sense, which fails."""
-        updates: Updates = {}
+        updates: dict[str, MessageStatus | Reason] = {}
         failures: list[StatusUpdateError] = []
+        last: object = object()
+        update: MessageStatus | Reason = MessageStatus.CONFIRMED  # most reports tell the same of all their messages
         try:
             for message_id, status in report.items() if isinstance(report, Mapping) else ((None, report),):
                 try:
                     if not isinstance(message_id, str):
                         raise UnknownMessageError("the ID is not a string")
-                    updates[message_id] = status if isinstance(status, Reason) else map_to_internal_status(status)
+                    if status is not last:
+                        update = status if isinstance(status, Reason) else map_to_internal_status(status)
+                        last = status
+                    updates[message_id] = update
                 except (UnknownMessageError, UnknownStatusError) as error:
-                    failures.append(StatusUpdateError(error, message_id, status))
+                    failures.append(StatusUpdateError(error, str(message_id), status))
         except Exception as error:  # somebody else's class; what it told before is applied
             failures.append(StatusUpdateError(error, "", None))
         self._fail(failures, Counter())
@@ -191,12 +196,12 @@ class StatusUpdater:
             raise
         except Exception as error:  # whatever it is, it is told of each of them
             errors = dict.fromkeys(updates, error)
-        applied = {message_id: update for message_id, update in updates.items() if message_id not in errors}
+        applied = {each: update for each, update in updates.items() if each not in errors} if errors else updates
         if applied:
             self._changed()
         self._count(applied, replaced)
-        failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
-        if failed:
+        if MessageStatus.FAILED in applied.values():
+            failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
             log.info("FastSMSing reports %s as FAILED: %s", counted(len(failed), "message"), named(failed))
         failures = [StatusUpdateError(error, message_id, updates[message_id]) for message_id, error in errors.items()]
         self._fail(failures, replaced)
