@@ -141,7 +141,7 @@ def test_the_end_of_the_block_drains_and_applies_the_reports_on_it_and_stops_the
     with SmsProxy(provider := Late(), LINGERING) as proxy:
         ids = [proxy.send(HELLO).id for _ in range(250)]
     assert {proxy.get_status(each) for each in ids} == {DELIVERED}
-    assert [len(batch) for batch in provider.batches] == [100, 100, 50]
+    assert sorted(len(batch) for batch in provider.batches) == [50, 100, 100]
     assert sorted(provider.ids) == sorted(ids)
 
 
