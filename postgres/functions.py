@@ -207,6 +207,7 @@ BEGIN
 END $$;
 """
 
+# "NOT EXISTS" would be a join, which may read all that is claimed; "IS NULL" asks for each batch.
 LEASES = r"""
 -- Renews those of the batches that are still ours and have messages in the outbox, ends those that have none,
 -- and returns the ones renewed.
@@ -214,7 +215,7 @@ CREATE FUNCTION smsproxy.renew(me uuid, ids bigint[], lease float8) RETURNS SETO
 BEGIN
     PERFORM FROM smsproxy.batch b WHERE b.id = ANY (ids) AND b.owner = me ORDER BY b.id FOR UPDATE;
     DELETE FROM smsproxy.batch b WHERE b.id = ANY (ids) AND b.owner = me
-        AND NOT EXISTS (SELECT FROM smsproxy.outbox o WHERE o.batch = b.id);
+        AND (SELECT true FROM smsproxy.outbox o WHERE o.batch = b.id LIMIT 1) IS NULL;
     RETURN QUERY UPDATE smsproxy.batch b SET lease_until = clock_timestamp() + lease * interval '1 s'
         WHERE b.id = ANY (ids) AND b.owner = me RETURNING b.id;
     PERFORM smsproxy.beat(lease);
@@ -237,7 +238,7 @@ BEGIN
     SELECT count(*), min(b.due) INTO freed, first FROM back b;
     PERFORM smsproxy.pull_back(first);
     DELETE FROM smsproxy.batch b WHERE b.id = ANY (ours)
-        AND NOT EXISTS (SELECT FROM smsproxy.outbox o WHERE o.batch = b.id);
+        AND (SELECT true FROM smsproxy.outbox o WHERE o.batch = b.id LIMIT 1) IS NULL;
     RETURN freed;
 END $$;
 """
@@ -264,27 +265,34 @@ BEGIN
         AND (m.changed_at > clock_timestamp() - retention * interval '1 s') IS NOT FALSE);
 END $$;
 
+-- The first messages that wait and expire, in order.
+CREATE FUNCTION smsproxy.expiring(most bigint, OUT ids text[], OUT moments timestamptz[]) LANGUAGE plpgsql
+SET enable_sort = off AS $$  -- as in `look`
+BEGIN
+    SELECT array_agg(f.id), array_agg(f.expires) INTO ids, moments
+    FROM (SELECT o.id, o.expires FROM smsproxy.outbox o WHERE o.batch IS NULL AND o.expires < 'infinity'
+          ORDER BY o.expires LIMIT most) AS f;
+END $$;
+
 -- Makes what waits and is past its expiry FAILED, at most so many messages. The first row has the seconds until the
 -- next one expires; the others have the IDs.
 CREATE FUNCTION smsproxy.expire(most bigint, slice float8) RETURNS TABLE (message_id text, soonest float8)
 LANGUAGE plpgsql AS $$
 DECLARE
     moment timestamptz := clock_timestamp();
-    first timestamptz;
+    first timestamptz := (SELECT e.moments[1] FROM smsproxy.expiring(1) e);
     expired text[];
 BEGIN
-    first := (SELECT min(o.expires) FROM smsproxy.outbox o WHERE o.batch IS NULL AND o.expires < 'infinity');
     IF first <= moment THEN
         PERFORM FROM smsproxy.mutex m WHERE m.name = 'claim' FOR UPDATE;
-        expired := ARRAY(SELECT o.id FROM smsproxy.outbox o
-                         WHERE o.batch IS NULL AND o.expires < 'infinity' AND o.expires <= moment
-                         ORDER BY o.expires LIMIT most);
+        expired := ARRAY(SELECT t.id FROM smsproxy.expiring(most) e, unnest(e.ids, e.moments) AS t(id, expires)
+                         WHERE t.expires <= moment);
         PERFORM FROM smsproxy.message m WHERE m.id = ANY (expired) ORDER BY m.id FOR UPDATE;
         WITH gone AS (DELETE FROM smsproxy.outbox o WHERE o.id = ANY (expired) RETURNING o.id)
         SELECT array_agg(g.id) INTO expired FROM gone g;
         UPDATE smsproxy.message m SET status = 'FAILED', reason = 'expired', changed_at = smsproxy.changed(slice)
         WHERE m.id = ANY (expired);
-        first := (SELECT min(o.expires) FROM smsproxy.outbox o WHERE o.batch IS NULL AND o.expires < 'infinity');
+        first := (SELECT e.moments[1] FROM smsproxy.expiring(1) e);
     END IF;
     soonest := smsproxy.seconds(moment, first);
     RETURN NEXT;

@@ -31,9 +31,9 @@ TRANSITION = f"""(m.status, g.status) IN ({
 # whoever has the lock, or the next renewal, sees that it is empty.
 ENDED = """
     DELETE FROM smsproxy.batch WHERE id IN (
-        SELECT b.id FROM smsproxy.batch b WHERE b.id = ANY (%(ended)s::bigint[]) AND NOT EXISTS (
-            SELECT FROM smsproxy.outbox o WHERE o.batch = b.id AND o.id NOT IN (SELECT g.id FROM gone g)
-        ) FOR UPDATE SKIP LOCKED)
+        SELECT b.id FROM smsproxy.batch b WHERE b.id = ANY (%(ended)s::bigint[]) AND (
+            SELECT true FROM smsproxy.outbox o WHERE o.batch = b.id AND o.id NOT IN (SELECT g.id FROM gone g) LIMIT 1
+        ) IS NULL FOR UPDATE SKIP LOCKED)
 """
 UPDATE = f"""
 WITH found AS MATERIALIZED (

@@ -23,6 +23,12 @@ HOUR = 3600.0
 STEPS = 9  # of the front: more than two of its rounds
 FRONT = "SELECT front > clock_timestamp() + interval '10 min' FROM smsproxy.pulse"
 RESET = "UPDATE smsproxy.pulse SET front = DEFAULT, next_front = DEFAULT, published = DEFAULT, settled = NULL"
+PLANNED = (
+    "SELECT * FROM smsproxy.look(101)", "SELECT * FROM smsproxy.expire(500, 60)",
+    "SELECT * FROM smsproxy.renew('{owner}', ARRAY[{batch}], 60)",
+    "SELECT * FROM smsproxy.release('{owner}', ARRAY[{batch}], ARRAY['no such message'])",
+    "SELECT * FROM smsproxy.cancel('no such message', 60, 60)",
+)  # fmt: skip
 
 
 class Save:
@@ -244,6 +250,37 @@ def test_a_look_reads_as_much_with_30_000_claimed_as_with_none(cluster: Cluster,
     assert pages_read(url, look) < none + 300  # to pass all that are claimed it would read 30,000
     assert repository.claim(100, math.inf).waiting == 50
     assert len(repository.claim(50, math.inf).batch or ()) == 50
+
+
+def test_plans_made_while_the_outbox_was_empty_do_not_read_all_of_it_later(
+    cluster: Cluster, url: str, make: Make
+) -> None:
+    repository = make(connections=1, lease=HOUR)
+    fill(repository, 1)
+    repository.handed_over(claim(repository))
+    cluster.sql(url, "ALTER TABLE smsproxy.outbox SET (autovacuum_enabled = off)")  # it would have new plans made
+    cluster.sql(url, "VACUUM ANALYZE smsproxy.outbox, smsproxy.batch")
+
+    def call(statement: str, explain: str = "") -> Any:
+        fill(repository, 2, max_age=1e-6)
+        batch = claim(repository)
+        statement = statement.format(owner=repository._leases.owner, batch=batch.lease.id)
+        found = repository._database.run(explain + statement)
+        repository.release(batch)
+        repository.expire()
+        return found
+
+    for statement in PLANNED * 8:  # from the sixth time on a plan is kept
+        call(statement)
+    for _ in range(25):
+        fill(repository, 1_000, linger=HOUR)
+    for _ in range(12):
+        assert len(repository.claim(1_000, math.inf).batch or ()) == 1_000
+    pages = {}
+    for statement in PLANNED:
+        ((plan,),) = call(statement, "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) ")
+        pages[statement] = plan[0]["Plan"]["Shared Hit Blocks"]
+    assert {statement: read for statement, read in pages.items() if read > 150} == {}
 
 
 def test_looks_do_not_pass_what_left_while_a_transaction_keeps_vacuum_away(
