@@ -125,12 +125,30 @@ class SimpleBatchingClient:
             except Exception as error:  # whatever it is, each of them gets to know
                 errors = [error] * len(entries)
             finally:
-                self.dispatcher.end_save([entry.linger for entry in saved])
-            self._metrics.accepted.add(len(saved))
-            if expiring := [entry.max_age for entry in saved if entry.max_age != math.inf]:
-                self._remind(min(expiring))
+                self._saved(saved)
         self._count_refusals(errors)
         return errors
+
+    def accept_together(self, entries: Sequence[Entry]) -> Exception | None:
+        """Accepts all entries or none, in one step; returns what `send` would raise for them."""
+        error: Exception | None = ClosedError("shutting down")
+        if self.dispatcher.begin_save():
+            saved: Sequence[Entry] = ()
+            try:
+                error = self._repository.save_together(entries, self.config.max_pending)
+                saved = () if error else entries
+            except Exception as unexpected:
+                error = unexpected
+            finally:
+                self._saved(saved)
+        self._count_refusals([error] * len(entries))
+        return error
+
+    def _saved(self, entries: Sequence[Entry]) -> None:
+        self.dispatcher.end_save([entry.linger for entry in entries])
+        self._metrics.accepted.add(len(entries))
+        if expiring := [entry.max_age for entry in entries if entry.max_age != math.inf]:
+            self._remind(min(expiring))
 
     def _count_refusals(self, errors: Sequence[Exception | None]) -> None:
         if not any(errors):

@@ -12,9 +12,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-__all__ = ["FastSmsingClient", "FastSmsingError", "InMemoryClient", "Message", "MessageStatus", "RejectedError"]
+__all__ = ["FastSmsingClient", "FastSmsingError", "InMemoryClient", "Message", "MessageStatus", "RejectedError",
+           "ReportReceiver"]  # fmt: skip
 
 
 class FastSmsingError(Exception):
@@ -73,6 +74,20 @@ class FastSmsingClient(Protocol):
 
     def stop(self) -> None:
         """Ends reports (`None` to every subscriber) and frees what the client holds."""
+
+
+@runtime_checkable
+class ReportReceiver(Protocol):
+    """A client that its provider pushes delivery reports to: what comes to `POST /reports` is handed to it."""
+
+    def receive(self, query: str, headers: Mapping[str, str], body: bytes) -> None:
+        """Checks that a request is the provider's, and puts its reports into `updates`.
+
+        `query` is what the target has behind "?"; `headers` have lower-case names. May block, and is called from
+        several threads. When it returns the provider gets a 204; when it raises ValueError a 400 (the report makes
+        no sense), PermissionError a 401 (it is not the provider's), and anything else a 500, so that the provider
+        tries again. Anybody may call: compare a signature or a token in constant time (`hmac.compare_digest`).
+        """
 
 
 class InMemoryClient:

@@ -1,4 +1,4 @@
-"""A connection and its states; an exchange, which is one request and its response; what a front serves.
+"""A connection and its states.
 
 The states and what may happen in them are rules of `http_protocol`. That the peer reads too slowly (write-blocked) or
 sends no more (half-closed) is no state, since it can be so in any of them. Everything here runs in the loop's thread
@@ -6,35 +6,29 @@ and never blocks.
 """
 from __future__ import annotations
 
-import json
 import logging
 import socket
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from selectors import EVENT_READ as READ
 from selectors import EVENT_WRITE as WRITE
 from typing import Any, Protocol
 
+from http_exchange import Exchange, Server
 from http_protocol import (
     CONTINUE,
-    METHODS,
     NEVER,
-    NO_HEADERS,
     TRANSITIONS,
     Event,
     HttpError,
-    Limits,
     ParsedHeaders,
     Request,
     RequestParser,
     State,
-    header_lines,
-    response_head,
 )
 
-__all__ = ["Application", "Connection", "Exchange", "Front", "Handler", "Loop"]
-
+__all__ = ["Connection", "Loop"]
 
 log = logging.getLogger("smsproxy.http")
 
@@ -52,156 +46,12 @@ IDLE, HEAD, BODY, RESPONDING, CLOSING, LINGERING, CLOSED = State
 PART, WHOLE_HEAD, REQUEST, RESPONSE, LAST_RESPONSE, SENT, DROP = Event
 
 
-# What a front serves
-
-
-class Front(Protocol):
-    """What an application may ask of the front that serves it."""
-
-    limits: Limits
-    stopping: bool  # a shutdown has begun
-    responses: Counter[tuple[str, int]]  # by route and status
-
-    @property
-    def open_connections(self) -> int:
-        """How many connections are open."""
-
-    def call_soon(self, call: Callable[..., None], *args: Any) -> None:
-        """Runs `call(*args)` in the loop's thread; may be called from any thread."""
-
-    def submit(self, work: Callable[..., None], *args: Any) -> None:
-        """Runs `work(*args)`, which may block, in one of the front's worker threads."""
-
-
-class Application(Protocol):
-    """What responds to requests. All of it is called in the loop's thread, and must not block."""
-
-    def route(self, exchange: Exchange) -> Handler:
-        """What responds to the request. The body may not be there yet: raises `HttpError` when the head decides."""
-
-    def refusal(self, error: BaseException) -> HttpError | None:
-        """The refusal that stands for an exception of a handler; None makes it a 500."""
-
-    def shown(self, request: Request) -> str:
-        """The request's path as the log may show it."""
-
-    def end_iteration(self, front: Front) -> None:
-        """The requests of an iteration of the loop have been read: what can be done for all of them together is
-        done now, before the responses are sent. Called again when that makes other requests possible."""
-
-
-class Exchange:
-    """One request and the way back for its response. It ends with the response, or with the connection."""
-
-    __slots__ = ("_connection", "_deferred", "client", "request", "route")
-
-    def __init__(self, request: Request, connection: Connection) -> None:
-        self.request = request
-        self.route = "other"  # what the response is counted as
-        self.client = ""  # who sent it, for the log
-        self._connection, self._deferred = connection, False
-
-    @property
-    def front(self) -> Front:
-        """The front that serves it."""
-        return self._connection.loop
-
-    def defer(self) -> None:
-        """The response comes later; until then the next requests of this connection wait."""
-        self._deferred = True
-
-    def respond(
-        self, status: int, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS,
-        content_type: str = "application/json",
-    ) -> None:  # fmt: skip
-        """Responds to the request as a whole; it leaves at the end of the iteration, or as fast as the peer reads.
-
-        Does nothing when the connection is closed; raises RuntimeError when there was a response already.
-        """
-        connection, request = self._connection, self.request
-        if connection.exchange is not self:
-            if connection.state is CLOSED:
-                return
-            raise RuntimeError("a request has one response")
-        loop = connection.loop
-        last = loop.stopping or not request.keep_alive
-        option = "close" if last else "keep-alive" if request.http10 else ""
-        head = response_head(status, len(body), content_type, option)
-        if headers:
-            head += header_lines(headers)
-        connection.send(head + loop.date if request.method == "HEAD" else head + loop.date + body, last)
-        if self._deferred:
-            loop.active[connection] = None
-            if connection.parser.buffer:
-                loop.resumed.append(connection)
-        loop.responses[self.route, status] += 1
-        if loop.logs_responses:
-            client = f" ({self.client})" if self.client else ""
-            log.debug("%s%s %s %d", connection.address, client, self._shown, status)
-
-    def fail(self, error: BaseException) -> None:
-        """Responds with the refusal that stands for the error; one that stands for none is logged, and is a 500."""
-        connection = self._connection
-        refusal = error if isinstance(error, HttpError) else connection.loop.application.refusal(error)
-        if refusal is None:
-            log.error("%s failed", self._shown, exc_info=error)
-            refusal = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
-        if refusal.close:
-            self.request.keep_alive = False
-            connection.unread = True
-        self.respond(refusal.status, json.dumps({"Error": refusal.message}).encode() + b"\n", refusal.headers)
-
-    def handle(self) -> None:
-        """Lets the application respond or defer. This is its boundary: whatever it raises becomes the response, and
-        costs at most this connection."""
-        connection = self._connection
-        try:
-            connection.loop.application.route(self)(self)
-            if connection.exchange is self and not self._deferred:
-                raise RuntimeError("the handler gave no response")
-        except (Exception, SystemExit) as error:  # a worker may bring the exit of another thread
-            self._failed(error)
-
-    def finish(self, call: Callable[..., None], *args: Any) -> None:
-        """Runs `call(self, *args)`, which makes a deferred response, within the same boundary."""
-        try:
-            call(self, *args)
-        except (Exception, SystemExit) as error:
-            self._failed(error)
-
-    def _failed(self, error: BaseException) -> None:
-        connection = self._connection
-        if connection.exchange is not self:  # a second response would pass for the next request's
-            log.error("%s failed after its response", self._shown, exc_info=error)
-            return
-        try:
-            self.fail(error)
-        except Exception:
-            log.exception("%s failed, and so did its refusal", self._shown)
-            connection.drop("internal error")
-
-    @property
-    def _shown(self) -> str:
-        """Method and path for the log, without what may be a phone number: anything can come in their places."""
-        method = self.request.method
-        return f"{method if method in METHODS else '-'} {self._connection.loop.application.shown(self.request)}"
-
-
-Handler = Callable[[Exchange], None]
-
-
-# One connection
-
-
-class Loop(Front, Protocol):
+class Loop(Server, Protocol):
     """What a connection needs of the loop that drives it."""
 
-    application: Application
     timeouts: Mapping[State, float]
     parse_headers: Callable[[str, str, bool], ParsedHeaders]
     now: float  # of this iteration, by time.monotonic()
-    date: bytes  # the header of this second, and the end of a head
-    logs_responses: bool  # the log takes debug messages
     soonest: float  # no deadline of a connection is earlier
     active: dict[Connection, None]  # what to look after at the end of this iteration
     resumed: list[Connection]  # what may go on, since a deferred response has been made
@@ -223,6 +73,7 @@ class Connection:
         self.parser = RequestParser(loop.limits, loop.parse_headers)
         self.state, self.deadline = HEAD, NEVER
         self.exchange: Exchange | None = None  # the one that has no response yet
+        self._awaited: Exchange | None = None  # the one whose body is awaited
         self.unread = False  # the peer may still send what is not for us
         self._out = b""  # responses that the socket has not taken yet
         self._write_blocked = False  # the socket takes no more of them for now
@@ -254,7 +105,7 @@ class Connection:
         if not data:
             self._half_closed = True  # the responses under way are still sent
         elif self.state <= RESPONDING:
-            self.parser.buffer += data
+            self.parser.feed(data)
             self.advance()
 
     def advance(self) -> None:
@@ -270,7 +121,8 @@ class Connection:
                 self._wait_for_more()
                 return
             self.state, self._restarts = TRANSITIONS[self.state][REQUEST], True
-            self.exchange = exchange = Exchange(request, self)
+            exchange, self._awaited = self._awaited or Exchange(request, self), None
+            self.exchange = exchange
             exchange.handle()
 
     def end_iteration(self) -> None:
@@ -297,7 +149,7 @@ class Connection:
             self.drop("timed out")
         else:
             error = HttpError(HTTPStatus.REQUEST_TIMEOUT, "the request took too long", close=True)
-            self._refuse(Exchange(self.parser.request, self), error)
+            self._refuse(self._awaited or Exchange(self.parser.request, self), error)
 
     def begin_shutdown(self) -> None:
         """Serves what is there; half a request, and a peer that does not read, are given a last moment."""
@@ -313,8 +165,11 @@ class Connection:
             return
         log.debug("%s connection closed: %s", self.address, reason)
         self._enter(DROP)
-        self.exchange = None
-        self._out = self.parser.buffer = b""
+        for exchange in filter(None, (self.exchange, self._awaited)):
+            exchange.abandon()
+        self.exchange = self._awaited = None
+        self._out = b""
+        self.parser.clear()
         if self._watched:
             self._watch(0)
         self.socket.close()
@@ -322,40 +177,45 @@ class Connection:
 
     # For the exchange
 
-    def send(self, response: bytes, last: bool) -> None:
-        """The response to the exchange under way; the connection closes after the last one."""
+    def send(self, response: bytes, last: bool, deferred: bool) -> None:
+        """See `Carrier`."""
         self.state, self._restarts = TRANSITIONS[self.state][LAST_RESPONSE if last else RESPONSE], True
         self.exchange = None  # nothing of a body is kept while the connection is idle
         self.parser.request.body = b""
         self._out += response
+        if deferred:
+            self.loop.active[self] = None
+            if self.parser.buffer:
+                self.loop.resumed.append(self)
 
     # Requests
 
     def _refuse(self, exchange: Exchange, error: BaseException) -> None:
         """Responds to a request that is not whole, and never will be."""
         exchange.request.keep_alive, self.unread = False, True  # the rest of it may come or not
-        self.exchange = exchange
+        self.exchange, self._awaited = exchange, None
         self.loop.active[self] = None
         exchange.finish(Exchange.fail, error)
 
     def _wait_for_more(self) -> None:
         if self.parser.awaits_body and self.state is not BODY:
             self._enter(WHOLE_HEAD)
-            request = self.parser.request
-            if "expect" in request.headers and not request.http10:
-                self._expect(request)
+            self._admit(self.parser.request)
         elif self.parser.buffer and self.state is IDLE:
             self._enter(PART)
 
-    def _expect(self, request: Request) -> None:
-        """RFC 9110, 10.1.1: the final status in place of `100 Continue` when the head already tells it."""
+    def _admit(self, request: Request) -> None:
+        """What the head already tells is told before the body is taken in; RFC 9110, 10.1.1: then in place of `100
+        Continue`."""
         exchange = Exchange(request, self)
         try:
-            self.loop.application.route(exchange)
+            exchange.admit()
         except Exception as error:
             self._refuse(exchange, error)
         else:
-            self._out += CONTINUE
+            self._awaited = exchange
+            if "expect" in request.headers and not request.http10:
+                self._out += CONTINUE
 
     # States and deadlines
 
@@ -419,7 +279,7 @@ class Connection:
             self.drop("done")
             return
         self._enter(SENT)
-        self.parser.buffer = b""
+        self.parser.clear()
         try:
             self.socket.shutdown(socket.SHUT_WR)
         except OSError as error:

@@ -27,7 +27,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from selectors import EVENT_READ as READ
 from typing import Any
 
-from http_connection import Application, Connection
+from http_connection import Connection
+from http_exchange import Application
 from http_protocol import CLOSED, NEVER, Limits, State, parse_headers, timeouts
 
 __all__ = ["FrontServer"]
@@ -186,6 +187,7 @@ class FrontServer(HTTPServer):
         self.responses: Counter[tuple[str, int]] = Counter()
         self.now, self.soonest = clock(), NEVER
         self.logs_responses = False
+        self.large_bodies = 0
         self.date = b""
         self._date_until = 0.0
         self.active: dict[Connection, None] = {}

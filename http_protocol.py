@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 __all__ = [
     "Event", "HttpError", "Limits", "Request", "RequestParser", "State", "TRANSITIONS", "header_lines", "parse_headers",
@@ -45,6 +46,7 @@ EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 NO_HEADERS: Mapping[str, str] = {}
+NO_DETAILS: Mapping[str, Any] = {}
 LINGER_TIMEOUT = 2.0  # seconds for a refused peer to read its response before the connection is closed
 NEVER = float("inf")
 
@@ -56,33 +58,39 @@ class Limits:
     head: int = 16 * 1024
     headers: int = 100
     target: int = 8 * 1024
-    body: int = 64 * 1024
+    body: int = 1024 * 1024  # the application may allow less
     connections: int = 1000
     read_timeout: float = 10.0  # for a head, and again for a body
     write_timeout: float = 10.0  # for a response that the peer does not read
     idle_timeout: float = 60.0  # for a keep-alive connection between requests
+    small_body: int = 64 * 1024  # larger ones share what follows, each as announced and until its response
+    large_bodies: int = 32 * 1024 * 1024
 
 
 class HttpError(Exception):
-    """A refusal: status, a text for the client, further headers, whether to close the connection after it."""
+    """A refusal: status, a text for the client, further headers, whether to close the connection after it; `details`
+    are further members of the JSON object that has the text."""
 
     def __init__(
-        self, status: int, message: str, headers: Mapping[str, str] = NO_HEADERS, *, close: bool = False
-    ) -> None:
+        self, status: int, message: str, headers: Mapping[str, str] = NO_HEADERS, *, close: bool = False,
+        details: Mapping[str, Any] = NO_DETAILS,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.message, self.headers, self.close = status, message, headers, close
+        self.details = details
 
 
 class Request:
     """One request, as far as it has come. `headers` have lower-case names; they are shared, so do not change them."""
 
-    __slots__ = ("body", "headers", "http10", "keep_alive", "length", "method", "path")
+    __slots__ = ("body", "headers", "http10", "keep_alive", "length", "method", "path", "query")
 
     def __init__(
         self, method: str = "-", path: str = "-", http10: bool = False, headers: Mapping[str, str] = NO_HEADERS,
-        keep_alive: bool = True, length: int = 0,
+        keep_alive: bool = True, length: int = 0, query: str = "",
     ) -> None:  # fmt: skip
         self.method = method
+        self.query = query  # with the "?" before it, if there is any
         self.path = path  # without the query
         self.http10 = http10
         self.headers = headers
@@ -95,16 +103,30 @@ ParsedHeaders = tuple[Mapping[str, str], bool, int]  # as `parse_headers` return
 
 
 class RequestParser:
-    """Cuts received bytes into requests; append what comes to `buffer` and call `next`. Not thread-safe."""
+    """Cuts received bytes into requests: `feed` it what comes and call `next`. Not thread-safe."""
 
     def __init__(
         self, limits: Limits, parse_headers: Callable[[str, str, bool], ParsedHeaders] | None = None
     ) -> None:
         self.request = Request()  # the latest, as far as it has come
-        self.buffer = b""  # received, not yet cut
+        self.buffer = b""  # received, not yet cut; without the part of a body
         self.awaits_body = False  # the head of `request` has come, its body has not
         self._limits, self._parse_headers = limits, parse_headers or functools.partial(_parse_headers, limits)
         self._scanned = 0  # bytes of the buffer already searched for the end of a head
+        self._part = bytearray()  # of a body: bytes are copied whenever something is added, a body may come in bytes
+
+    def feed(self, data: bytes) -> None:
+        """Takes what has been received."""
+        if not self.awaits_body:
+            self.buffer += data
+            return
+        self._part += data
+        if len(self._part) >= self.request.length:
+            self.buffer, self._part = bytes(self._part), bytearray()
+
+    def clear(self) -> None:
+        """Throws away what has been received."""
+        self.buffer, self._part = b"", bytearray()
 
     def next(self) -> Request | None:
         """The next whole request; None while it is not whole. Raises `HttpError`, which always closes."""
@@ -124,6 +146,8 @@ class RequestParser:
             buffer = self.buffer
             self.awaits_body = len(buffer) < length
             if self.awaits_body:
+                self._part += buffer
+                self.buffer = b""
                 return None
             request.body, self.buffer = buffer[:length], buffer[length:]
         return request
@@ -158,7 +182,7 @@ class RequestParser:
         except HttpError:
             self.request = Request(method, path, http10)
             raise
-        self.request = Request(method, path, http10, headers, keep_alive, length)
+        self.request = Request(method, path, http10, headers, keep_alive, length, query)
 
 
 def _path(method: str, target: str) -> str:
@@ -224,7 +248,8 @@ def _body_length(headers: Mapping[str, str], method: str, http10: bool, most: in
 @functools.lru_cache(64)  # most responses have one of a few heads
 def response_head(status: int, length: int, content_type: str, connection: str) -> bytes:
     """The status line and the headers that each response has, but for the date and the empty line."""
-    head = f"HTTP/1.1 {status:d} {HTTPStatus(status).phrase}\r\nContent-Length: {length}\r\n"
+    head = f"HTTP/1.1 {status:d} {HTTPStatus(status).phrase}\r\n"
+    head += f"Content-Length: {length}\r\n" if status != HTTPStatus.NO_CONTENT else ""  # RFC 9110, 8.6
     head += f"Content-Type: {content_type}\r\n" if length else ""
     head += f"Connection: {connection}\r\n" if connection else ""
     return head.encode("latin-1")

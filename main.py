@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 from command_line import Settings, __version__, is_url, program, read_secrets, read_settings
-from fastsmsing import FastSmsingClient, InMemoryClient
+from fastsmsing import FastSmsingClient, InMemoryClient, ReportReceiver
 from http_front import FrontServer
 from http_protocol import Limits
 from incident_log import counted
@@ -188,7 +188,8 @@ class Service:
             client = make_client(settings.make_client)
             undo.callback(stop_client, client)  # once it has started well, the proxy stops it
             self._proxy = make_proxy(client, settings, self._repository)
-            self._api = RestApi(self._proxy, api_keys=settings.api_keys, version=__version__)
+            receiver = client if isinstance(client, ReportReceiver) else None
+            self._api = RestApi(self._proxy, api_keys=settings.api_keys, version=__version__, receiver=receiver)
             # It listens before anything is sent: of two processes with one port the second fails here.
             self._server = make_server(settings, self._api, listener)
             undo.callback(self._server.server_close)

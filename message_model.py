@@ -19,6 +19,7 @@ __all__ = [
 
 LONGEST_MESSAGE = 1_600  # code points: ten concatenated parts, as most providers limit it
 LONGEST_NUMBER = 15  # digits (ITU-T E.164)
+LONGEST_LIST = 1_000  # messages that are accepted together
 LONGEST_TIME = 604_800.0  # seconds, a week: no MaxDelay and no MaxAge is longer
 
 

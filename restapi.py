@@ -17,15 +17,19 @@ import pkgutil
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from http_connection import Exchange, Front, Handler
+from bulk_requests import BulkRequests
+from fastsmsing import ReportReceiver
+from http_exchange import Exchange, Front, Handler
 from http_protocol import METHODS, HttpError, Request
-from request_decoding import FIELDS, decode
+from pushed_reports import PushedReports
+from request_decoding import NAMES, decode, idempotency_key
+from request_groups import Group
 from smsproxy import (
     ClosedError,
     Entry,
@@ -57,16 +61,13 @@ REFUSALS: tuple[tuple[type[Exception], int, int | None, str | None], ...] = (
     (ClosedError, HTTPStatus.SERVICE_UNAVAILABLE, 10, None),
 )
 # All that are sent.
-CODES = (200, 202, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)
+CODES = (200, 202, 204, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
-IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
-LANES = 4  # groups that a blocking repository works on at a time; its waits overlap then
 STATUS_BODIES = {status: json.dumps({"Status": status.value}).encode() + b"\n" for status in MessageStatus}
+BODY, LARGE_BODY = 64 * 1024, 1024 * 1024  # bytes
 CANCELLED = b'{"Status": "FAILED", "Reason": "cancelled"}\n'
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 FILES = {"/openapi.json": ("openapi.json", "application/json"), "/": ("page.html", "text/html; charset=utf-8")}
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 def data_file(name: str) -> bytes:
@@ -147,78 +148,24 @@ class HttpMetrics(MetricSet):
 # The application
 
 
-class Group(Generic[Item, Result]):
-    """What the requests of one iteration of the loop ask for, asked for together at its end. In the loop's thread.
-
-    If that may block it is done in a worker, `lanes` groups at a time; what comes while all lanes are busy shares the
-    next group.
-    """
-
-    def __init__(
-        self, ask: Callable[[Sequence[Item]], Sequence[Result | Exception]],
-        respond: Callable[[Exchange, Item, Result], None], *, blocking: bool, lanes: int = LANES,
-    ) -> None:  # fmt: skip
-        self._ask_all, self._respond = ask, respond
-        self.lanes = lanes if blocking else 0
-        self.waiting: list[tuple[Exchange, Item]] = []  # for the end of the iteration, or for a lane
-        self._under_way = 0
-
-    def add(self, exchange: Exchange, item: Item) -> None:
-        """Defers the exchange until `respond` gets the result for the item."""
-        exchange.defer()
-        self.waiting.append((exchange, item))
-
-    def ask(self, front: Front) -> None:
-        """Asks for what waits, as one group."""
-        if not self.waiting or (self.lanes and self._under_way >= self.lanes):
-            return
-        waiting, self.waiting = self.waiting, []
-        if self.lanes:
-            self._under_way += 1
-            front.submit(self._work, front, waiting)
-        else:
-            self._finish(waiting, self._results(waiting))
-
-    def _work(self, front: Front, waiting: Sequence[tuple[Exchange, Item]]) -> None:
-        front.call_soon(self._done, front, waiting, self._results(waiting))
-
-    def _results(self, waiting: Sequence[tuple[Exchange, Item]]) -> Sequence[Result | BaseException]:
-        try:
-            return self._ask_all([item for _, item in waiting])
-        except (Exception, SystemExit) as error:  # the boundary: each of them gets a response
-            return [error] * len(waiting)
-
-    def _done(
-        self, front: Front, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
-    ) -> None:
-        self._under_way -= 1
-        self.ask(front)  # first of all, so that the disk does not wait for the responses
-        self._finish(waiting, results)
-
-    def _finish(
-        self, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
-    ) -> None:
-        for (exchange, item), result in zip(waiting, results, strict=True):
-            if isinstance(result, BaseException):
-                exchange.finish(Exchange.fail, result)
-            else:
-                exchange.finish(self._respond, item, result)
-
-
 class Route(NamedTuple):
-    """What the metrics call a path, and what responds to each method there."""
+    """What the metrics call a path, what responds to each method there, and how large a body may be, in bytes."""
 
     name: str
     methods: Mapping[str, Handler]
+    body: int = BODY
 
 
 class RestApi:
     """Serves one `SmsProxy`; the front needs `workers` threads for it.
 
-    With `api_keys`, key by name, /sms and /metrics need one of them.
+    With `api_keys`, key by name, /sms and /metrics need one of them. `receiver` gets what a provider pushes.
     """
 
-    def __init__(self, proxy: SmsProxy, *, api_keys: Mapping[str, str] = {}, version: str = "") -> None:
+    def __init__(
+        self, proxy: SmsProxy, *, api_keys: Mapping[str, str] = {}, version: str = "",
+        receiver: ReportReceiver | None = None,
+    ) -> None:  # fmt: skip
         self.proxy = proxy
         self.files = {path: data_file(name) for path, (name, _) in FILES.items()}
         self._page_headers = page_headers(self.files["/"])
@@ -230,16 +177,21 @@ class RestApi:
         # One at a time, and its result for all who ask meanwhile: anybody may ask.
         self._healths = Group(lambda asks: [proxy.health()] * len(asks), self._healthy, blocking=blocking, lanes=1)
         self._figures = Group(self._measure, self._measured, blocking=blocking, lanes=1)
+        self._bulks, reports = BulkRequests(proxy), PushedReports(receiver) if receiver else None
         self._http_metrics = HttpMetrics(version)
         self._groups: tuple[Group[Any, Any], ...] = (
-            self._posts, self._statuses, self._cancels, self._healths, self._figures)  # fmt: skip
-        self.workers = sum(group.lanes for group in self._groups)  # threads that the front needs for what may block
+            self._posts, self._statuses, self._cancels, self._healths, self._figures,
+            *([reports.group] if reports else []))  # fmt: skip
+        # Threads that the front needs for what may block.
+        self.workers = sum(group.lanes for group in self._groups) + self._bulks.lanes
         post: dict[str, Handler] = {"POST": self._send}
         self._message = Route("/sms/<id>", {**_get(self._status), "DELETE": self._cancel})
         self._nowhere = Route("other", {})
         self._routes = {
             "/sms": Route("/sms", post),
             "/sms/": Route("/sms", post),
+            "/sms/bulk": Route("/sms/bulk", {"POST": self._bulks.handle}, LARGE_BODY),
+            **({"/reports": Route("/reports", {"POST": reports.handle}, LARGE_BODY)} if reports else {}),
             "/metrics": Route("/metrics", _get(self._metrics)),
             "/healthz": Route("/healthz", _get(self._health)),
             "/livez": Route("/livez", _get(self._alive)),
@@ -268,6 +220,9 @@ class RestApi:
             raise HttpError(HTTPStatus.FORBIDDEN, "another web page's browser sent this")
         respond = route.methods.get(method)
         if respond is not None:
+            if request.length > route.body:
+                text = f"the body exceeds {route.body} bytes"
+                raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text, close=True)
             return respond
         if method not in METHODS:
             raise HttpError(HTTPStatus.NOT_IMPLEMENTED, "unknown method")
@@ -281,7 +236,7 @@ class RestApi:
     def refusal(self, error: BaseException) -> HttpError | None:
         """The response to an error of the domain."""
         if isinstance(error, ValidationError):
-            return HttpError(HTTPStatus.BAD_REQUEST, f"{FIELDS.get(error.field, error.field)} {error.problem}")
+            return HttpError(HTTPStatus.BAD_REQUEST, f"{NAMES.get(error.field, error.field)} {error.problem}")
         for kind, status, wait, text in REFUSALS:
             if isinstance(error, kind):
                 return HttpError(status, text or str(error), {"Retry-After": str(wait)} if wait else {})
@@ -299,6 +254,7 @@ class RestApi:
         for group in self._groups:
             if group.waiting:
                 group.ask(front)
+        self._bulks.end_iteration(front)
 
     def _authorized(self, request: Request) -> str:
         """The name of the API key that the request has."""
@@ -316,10 +272,8 @@ class RestApi:
     def _send(self, exchange: Exchange) -> None:
         """Accepts a message, with all others of this iteration."""
         request = exchange.request
-        message, key = decode(request.body), request.headers.get("idempotency-key")
-        if key is not None and IDEMPOTENCY_KEY.fullmatch(key) is None:
-            raise HttpError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must be 1 to 255 visible ASCII characters")
-        self._posts.add(exchange, self.proxy.entry(message, key))
+        message = decode(request.body)
+        self._posts.add(exchange, self.proxy.entry(message, idempotency_key(request.headers)))
 
     def _accepted(self, exchange: Exchange, entry: Entry, result: None) -> None:
         message_id = entry.message.message_id  # a UUID, so nothing in it needs escaping

@@ -20,6 +20,7 @@ from memory_repository import InMemoryRepository
 from message_ids import NewIds, id_of_key, is_ours
 from message_model import (
     FINAL_STATUSES,
+    LONGEST_LIST,
     TRANSITIONS,
     Batch,
     ClientResult,
@@ -51,10 +52,10 @@ from worker_threads import GRACE, Deadline
 __all__ = [
     "FINAL_STATUSES", "RETENTION", "TRANSITIONS", "Ages", "Batch", "Claim", "ClientResult", "ClientStatistics",
     "ClosedError", "Counter", "DuplicateMessageError", "Entry", "Gauge", "Histogram", "IdempotencyError",
-    "InMemoryRepository", "Incident", "MessageStatus", "MetricSet", "Metrics", "OverloadedError", "Reason",
-    "Repository", "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient", "SmsProxy",
-    "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError", "StatusUpdater",
-    "UnknownMessageError", "UnknownStatusError", "ValidationError", "WebhookConfig", "WebhookTarget",
+    "InMemoryRepository", "Incident", "LONGEST_LIST", "MessageStatus", "MetricSet", "Metrics", "OverloadedError",
+    "Reason", "Repository", "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient",
+    "SmsProxy", "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError",
+    "StatusUpdater", "UnknownMessageError", "UnknownStatusError", "ValidationError", "WebhookConfig", "WebhookTarget",
     "check_transition", "describe", "is_ours", "map_to_internal_status", "webhook_secrets",
 ]  # fmt: skip
 
@@ -143,6 +144,34 @@ class SmsProxy:
         if not any(errors):
             return errors
         return [error and _refusal(error, entry) for entry, error in zip(entries, errors, strict=True)]
+
+    def entries(self, messages: Sequence[SendMessage], idempotency_key: str | None = None) -> list[Entry]:
+        """The messages of a list with their IDs, ready for `accept_together`; raises `ValidationError`. Never blocks.
+
+        A key counts for the whole list, and is independent of the same key on a single message.
+        """
+        longest = min(LONGEST_LIST, self._batching.config.max_pending)
+        if not 0 < len(messages) <= longest:
+            raise ValidationError("messages", f"must be a list of 1 to {longest:,} messages")
+        for message in messages:
+            message.validate()
+        make = self._batching.config.entry
+        if idempotency_key is None:
+            return [make(message, self._generate_id()) for message in messages]
+        parts = [f"{len(each.message)}:{each.phone_number}:{each.message}" for each in messages]
+        content = "\0".join((idempotency_key, *parts))
+        fingerprint = hashlib.sha256(content.encode(errors="surrogatepass")).digest()[:16]
+        return [make(message, id_of_key(f"{idempotency_key}\0bulk\0{index}"), fingerprint)
+                for index, message in enumerate(messages)]  # fmt: skip
+
+    def accept_together(self, entries: Sequence[Entry]) -> Exception | None:
+        """Accepts all entries that `entries` made, or none; returns None or why not. Blocks for the repository only.
+
+        The same list again under the same key is accepted, and nothing is sent twice; also when some of its messages
+        are forgotten already.
+        """
+        error = self._batching.accept_together(entries)
+        return error and _refusal(error, entries[0], "list")
 
     def send(self, message: SendMessage, idempotency_key: str | None = None) -> SendingResult:
         """Accepts a message; blocks for the repository only.
@@ -254,13 +283,13 @@ class SmsProxy:
             log.error("the client did not stop well: %s", describe(error))
 
 
-def _refusal(error: Exception, entry: Entry) -> Exception | None:
+def _refusal(error: Exception, entry: Entry, what: str = "message") -> Exception | None:
     """Why a message that could not be saved is refused; None if it came before under the same key."""
     if entry.fingerprint is None or not isinstance(error, DuplicateMessageError):
         return error
     if error.fingerprint == entry.fingerprint:
         return None
-    return IdempotencyError("the idempotency key was used for another message")
+    return IdempotencyError(f"the idempotency key was used for another {what}")
 
 
 if __name__ == "__main__":

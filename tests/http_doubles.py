@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from helpers import Clock
-from http_connection import Exchange, Front, Handler
+from http_exchange import Exchange, Front, Handler
 from http_front import FrontServer
 from http_protocol import HttpError, Limits, Request
 from providers import HANG
@@ -70,8 +70,11 @@ class Echo:
             raise HttpError(404, "nothing here")
         if exchange.request.method not in ("GET", "HEAD", "POST", "OPTIONS"):
             raise HttpError(405, "not allowed", {"Allow": "GET"})
-        self.seen.append(path)
-        return self.routes[path]
+        return self.handle
+
+    def handle(self, exchange: Exchange) -> None:
+        self.seen.append(exchange.request.path)
+        self.routes[exchange.request.path](exchange)
 
     def refusal(self, error: BaseException) -> HttpError | None:
         return self.refusals.get(type(error))

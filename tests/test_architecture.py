@@ -25,10 +25,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "command_line": ("fastsmsing", "smsproxy"),
     "process_control": (),
     # HTTP
-    "restapi": ("http_connection", "http_protocol", "request_decoding", "smsproxy"),
+    "restapi": (
+        "bulk_requests", "fastsmsing", "http_exchange", "http_protocol", "pushed_reports", "request_decoding",
+        "request_groups", "smsproxy",
+    ),
+    "bulk_requests": ("http_exchange", "http_protocol", "request_decoding", "request_groups", "smsproxy"),
+    "pushed_reports": ("fastsmsing", "http_exchange", "http_protocol", "request_groups", "smsproxy"),
+    "request_groups": ("http_exchange",),
     "request_decoding": ("http_protocol", "smsproxy"),
-    "http_front": ("http_connection", "http_protocol"),
-    "http_connection": ("http_protocol",),
+    "http_front": ("http_connection", "http_exchange", "http_protocol"),
+    "http_connection": ("http_exchange", "http_protocol"),
+    "http_exchange": ("http_protocol",),
     "http_protocol": (),
     # the domain
     "smsproxy": (

@@ -15,8 +15,9 @@ import pytest
 
 import http_front
 from helpers import HANG, every_thread_ends, together
-from http_connection import SHUTDOWN_GRACE, Exchange
+from http_connection import SHUTDOWN_GRACE
 from http_doubles import DrivenFront, Echo, Peer, address_of, driven, front, get, whole
+from http_exchange import Exchange
 from http_front import FrontServer
 from http_protocol import Limits
 

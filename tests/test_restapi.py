@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import command_line
+import request_groups
 import restapi
 from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Peer, Response, RestServer, exchange, raw, request, serving
@@ -408,8 +409,8 @@ def test_what_one_iteration_finds_is_saved_together_and_each_gets_its_own_respon
     assert [len(call[1]) for call in repository.calls if call[0] == "save_all"] == [6]
 
 
-@pytest.mark.parametrize(("call", "lanes"), [("save_all", restapi.LANES), ("get", restapi.LANES),
-    ("cancel", restapi.LANES), ("check", 1)])  # fmt: skip
+@pytest.mark.parametrize(("call", "lanes"), [("save_all", request_groups.LANES), ("get", request_groups.LANES),
+    ("cancel", request_groups.LANES), ("check", 1)])  # fmt: skip
 def test_what_comes_while_the_repository_is_busy_shares_its_next_calls_and_others_go_on(call: str, lanes: int) -> None:
     repository = Guarded(call)
     with service(repository=repository) as server, connected(server, lanes + 20) as peers:

@@ -1,0 +1,107 @@
+"""POST /sms/bulk: a list of messages, accepted as a whole or not at all.
+
+A list of a thousand takes some ten milliseconds to decode, to check and to make entries of. That is done in the
+loop's thread, in slices, one an iteration, so that other requests are served in between. A worker would hold them up
+for longer, because who waits for the interpreter's lock waits for 5 ms (`sys.getswitchinterval`). One list at a time is
+decoded, and only when the repository is ready for it, so what waits are bodies, of which there are only so many.
+"""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from http_exchange import Exchange, Front
+from http_protocol import HttpError
+from request_decoding import NAMES, SLICE, decode_list, idempotency_key, message_of
+from request_groups import Group
+from smsproxy import Entry, SendMessage, SmsProxy, ValidationError
+
+__all__ = ["BulkRequests"]
+
+WAITING = 64  # lists that wait for their turn; large ones share the memory for large bodies, too
+LANES = 2  # lists that a blocking repository stores at a time; single messages go in between
+ERRORS = 100  # that a response names
+
+
+class BulkRequests:
+    """Serves the lists in order of arrival. In the loop's thread."""
+
+    def __init__(self, proxy: SmsProxy) -> None:
+        self._proxy = proxy
+        self._waiting: deque[Exchange] = deque()
+        self._under_way: Exchange | None = None  # what is being decoded
+        self._steps: Iterator[None] = iter(())
+        self._group: Group[list[Entry], None] = Group(
+            self._accept, self._accepted, blocking=proxy.blocking, lanes=LANES, most=1)  # fmt: skip
+        self.lanes = self._group.lanes
+
+    def handle(self, exchange: Exchange) -> None:
+        """Accepts a list, or refuses it."""
+        if len(self._waiting) >= WAITING:
+            raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "too many lists at a time", {"Retry-After": "1"})
+        exchange.defer()
+        self._waiting.append(exchange)
+
+    def end_iteration(self, front: Front) -> None:
+        """Has what is decoded accepted, and begins with the next list."""
+        self._group.ask(front)
+        while self._waiting and self._under_way is None and not self._group.busy:
+            exchange = self._waiting.popleft()
+            if exchange.over:  # nobody would get to know the IDs
+                exchange.respond(HTTPStatus.SERVICE_UNAVAILABLE)
+            else:
+                self._under_way, self._steps = exchange, self._decode(exchange)
+                front.call_soon(self._step, front)
+
+    def _step(self, front: Front) -> None:
+        exchange = self._under_way
+        if exchange is not None:
+            self._under_way = None
+            exchange.finish(self._advance)
+            if self._under_way is not None:
+                front.call_soon(self._step, front)
+
+    def _advance(self, exchange: Exchange) -> None:
+        for _ in self._steps:
+            self._under_way = exchange  # there is more to do
+            break
+
+    def _decode(self, exchange: Exchange) -> Iterator[None]:
+        """Each step is short. Raises what is wrong."""
+        request = exchange.request
+        key = idempotency_key(request.headers)
+        decoded: tuple[Mapping[str, Any], Sequence[Any]] = ({}, ())
+        for decoded in decode_list(request.body):  # noqa: B007 - the last is what counts
+            yield
+        defaults, items = decoded
+        messages: list[SendMessage] = []
+        problems: list[dict[str, Any]] = []
+        for index, item in enumerate(items):
+            try:
+                message = message_of(item, defaults)
+                message.validate()
+                messages.append(message)
+            except HttpError as error:
+                problems.append({"Index": index, "Error": error.message})
+            except ValidationError as error:
+                problems.append({"Index": index, "Error": f"{NAMES[error.field]} {error.problem}"})
+            if len(problems) == ERRORS:
+                break
+            if index % SLICE == SLICE - 1:
+                yield
+        if problems:
+            first = f"nothing is accepted; the message with index {problems[0]['Index']}: {problems[0]['Error']}"
+            raise HttpError(HTTPStatus.BAD_REQUEST, first, details={"Errors": problems})
+        entries = self._proxy.entries(messages, key)
+        yield
+        self._group.add(exchange, entries)
+
+    def _accept(self, lists: Sequence[list[Entry]]) -> list[Any]:
+        return [self._proxy.accept_together(entries) for entries in lists]
+
+    def _accepted(self, exchange: Exchange, entries: list[Entry], result: None) -> None:
+        # UUIDs, so nothing in them needs escaping
+        ids = ", ".join([f'{{"ID": "{entry.message.message_id}"}}' for entry in entries])
+        exchange.respond(HTTPStatus.ACCEPTED, f'{{"Messages": [{ids}]}}\n'.encode())

@@ -1,0 +1,76 @@
+"""What the requests of an iteration of the loop ask of the domain, asked as groups; in workers where that blocks."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from http_exchange import Exchange, Front
+
+__all__ = ["Group"]
+
+LANES = 4  # groups that are worked on at a time where that blocks; their waits overlap then
+MOST = 1_000  # items of a group
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Group(Generic[Item, Result]):
+    """What the requests of one iteration of the loop ask for, asked for together at its end. In the loop's thread.
+
+    If that may block it is done in a worker, `lanes` groups at a time; what comes while all lanes are busy shares the
+    next group, of `most` items at the most.
+    """
+
+    def __init__(
+        self, ask: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        respond: Callable[[Exchange, Item, Result], None], *, blocking: bool, lanes: int = LANES, most: int = MOST,
+    ) -> None:  # fmt: skip
+        self._ask_all, self._respond, self._most = ask, respond, most
+        self.lanes = lanes if blocking else 0
+        self.waiting: list[tuple[Exchange, Item]] = []  # for the end of the iteration, or for a lane
+        self._under_way = 0
+
+    def add(self, exchange: Exchange, item: Item) -> None:
+        """Defers the exchange until `respond` gets the result for the item."""
+        exchange.defer()
+        self.waiting.append((exchange, item))
+
+    def ask(self, front: Front) -> None:
+        """Asks for what waits, as groups."""
+        while self.waiting and not (self.lanes and self._under_way >= self.lanes):
+            waiting, self.waiting = self.waiting[: self._most], self.waiting[self._most :]
+            if self.lanes:
+                self._under_way += 1
+                front.submit(self._work, front, waiting)
+            else:
+                self._finish(waiting, self._results(waiting))
+
+    @property
+    def busy(self) -> bool:
+        """Whether what is added now has to wait for something else."""
+        return bool(self.waiting) or 0 < self.lanes <= self._under_way
+
+    def _work(self, front: Front, waiting: Sequence[tuple[Exchange, Item]]) -> None:
+        front.call_soon(self._done, front, waiting, self._results(waiting))
+
+    def _results(self, waiting: Sequence[tuple[Exchange, Item]]) -> Sequence[Result | BaseException]:
+        try:
+            return self._ask_all([item for _, item in waiting])
+        except (Exception, SystemExit) as error:  # the boundary: each of them gets a response
+            return [error] * len(waiting)
+
+    def _done(
+        self, front: Front, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
+    ) -> None:
+        self._under_way -= 1
+        self.ask(front)  # first of all, so that the disk does not wait for the responses
+        self._finish(waiting, results)
+
+    def _finish(
+        self, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
+    ) -> None:
+        for (exchange, item), result in zip(waiting, results, strict=True):
+            if isinstance(result, BaseException):
+                exchange.finish(Exchange.fail, result)
+            else:
+                exchange.finish(self._respond, item, result)
