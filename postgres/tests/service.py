@@ -84,10 +84,10 @@ class Instance:
             response = connection.getresponse()
             return response.status, json.loads(response.read())
 
-    def post(self, text: str = "Your parcel is here", key: str | None = None) -> tuple[int, Any]:
+    def post(self, text: str = "Your parcel is here", key: str | None = None, **fields: float) -> tuple[int, Any]:
         """Sends one message in."""
         headers = {"Idempotency-Key": key} if key else {}
-        return self.call("POST", "/sms", {"PhoneNumber": "48123456789", "Content": text}, headers)
+        return self.call("POST", "/sms", {"PhoneNumber": "48123456789", "Content": text, **fields}, headers)
 
 
 @dataclass

@@ -97,6 +97,36 @@ def test_the_same_idempotency_key_at_two_instances_at_once_is_one_message(tmp_pa
     assert sorted(each for request in service.requests() for each in request.ids) == sorted(ids)
 
 
+def test_what_one_instance_accepted_another_cancels_and_of_a_cancel_and_a_claim_one_gets_it(
+    tmp_path: Path, url: str
+) -> None:
+    service = Service(tmp_path, url, 2, *FLAGS)
+    with service.running() as (one, other), ThreadPoolExecutor(4) as pool:
+        ids = [one.post(MaxDelay=0.2 + number / 100)[1]["ID"] for number in range(60)]
+        patient = one.post(MaxDelay=600)[1]["ID"]
+        statuses = list(pool.map(lambda each: other.call("DELETE", f"/sms/{each}")[0], reversed([*ids, patient])))[::-1]
+        cancelled = {each for each, status in zip([*ids, patient], statuses, strict=True) if status == 200}
+        assert patient in cancelled
+        assert set(statuses) <= {200, 409}
+        await_sent(service, [each for each in ids if each not in cancelled])
+        cancelled_now = {"Status": "FAILED", "Reason": "cancelled"}
+        assert [one.call("GET", f"/sms/{each}")[1] for each in cancelled] == [cancelled_now] * len(cancelled)
+    assert service.taken().keys() == set(ids) - cancelled
+
+
+def test_what_an_instance_that_died_had_accepted_leaves_when_it_is_due_and_what_is_patient_rides_with_it(
+    tmp_path: Path, url: str
+) -> None:
+    service = Service(tmp_path, url, 2, *FLAGS)
+    with service.running() as (dies, stays):
+        ids = [dies.post(MaxDelay=delay)[1]["ID"] for delay in (600, 2, 600)]
+        dies.signal(signal.SIGKILL)
+        dies.wait()
+        await_sent(service, ids)
+        (request,) = service.requests()
+        assert (request.instance, request.ids) == (stays.name, [ids[1], ids[0], ids[2]])
+
+
 def run_round(cluster: Cluster, url: str, directory: Path, rng: random.Random) -> None:
     """Three instances under load; one is killed; one hangs at a random moment, and wakes up when the third did all."""
     service = Service(directory, url, 3, *FLAGS, "--backoff-base", "0.05", latency=0.3, failures=0.1)
