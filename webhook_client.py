@@ -82,8 +82,8 @@ class WebhookClient(Webhook):
     """
 
     def __init__(
-        self, changes: ChangeOutbox, sender: Post, metrics: WebhookMetrics, *, clock: Callable[[], float] = time.monotonic,
-        rng: Callable[[], float] = random.random,
+        self, changes: ChangeOutbox, sender: Post, metrics: WebhookMetrics, *,
+        clock: Callable[[], float] = time.monotonic, rng: Callable[[], float] = random.random,
     ) -> None:  # fmt: skip
         self._changes, self._sender, self._metrics, self._clock = changes, sender, metrics, clock
         self.dispatcher = Dispatcher(changes, RULES, clock, rng, trouble="changes cannot be read for the webhook")

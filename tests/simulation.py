@@ -17,7 +17,7 @@ import queue
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from base_repository import Repository
 from batch_scheduler import Job, SmsProxyConfig
@@ -30,12 +30,19 @@ from service_metrics import Metrics
 __all__ = ["Judge", "Request", "Shop", "World", "away"]
 
 
+class Party(Protocol):
+    """Somebody who acts in the world."""
+
+    def advance(self) -> float:
+        """Does all that is to be done now; returns the time of the next step."""
+
+
 class World:
     """Virtual time in seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.shops: list[Shop] = []
+        self.shops: list[Party] = []
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
 

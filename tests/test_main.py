@@ -23,6 +23,7 @@ from command_line import __version__
 from fastsmsing import Message
 from helpers import HANG, TESTS, Child, request
 from providers import Recorder
+from receivers import SECRETS, Receiver, hanging, secret_line, verified
 from restarts import Service
 from smsproxy import Entry, MessageStatus, SmsProxyError
 from sqlite_repository import SqliteRepository
@@ -370,6 +371,72 @@ def test_a_hangup_reads_the_keys_again_and_bad_ones_change_nothing(keys: Path) -
         assert open_to(child) == [OTHER]
         assert child.end() == 0
     assert [key for key in (SHOP, OTHER) if key in child.log] == []
+
+
+# The webhook
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_text(secret_line(SECRETS[0]))
+    return path
+
+
+def hooked(receiver: Receiver, secret: Path) -> list[str]:
+    return ["--webhook-url", receiver.url("/hunter2", "shop:hunter3@"), "--webhook-secret-file", str(secret)]
+
+
+def test_a_hangup_reads_the_secrets_again_and_bad_ones_change_nothing(secret: Path) -> None:
+    with Receiver() as receiver, Child(*hooked(receiver, secret), "--max-delay", "0") as child:
+
+        def told() -> list[bool]:
+            """Whether a message's last report is signed with each of the secrets."""
+            (message_id,) = post(child, 1)
+            receiver.wait_for(lambda requests: receiver.statuses.get(message_id) == "DELIVERED")
+            last = receiver.told[-1]
+            return [verified(last.headers, last.body, each) for each in SECRETS]
+
+        assert told() == [True, False]
+        secret.write_text("whsec_hunter4")
+        child.process.send_signal(signal.SIGHUP)
+        child.wait_for("ERROR .* the webhook's secrets stay as they were: .*line 1 must be whsec_")
+        assert told() == [True, False]
+        secret.write_text("\n".join(map(secret_line, reversed(SECRETS))))
+        child.process.send_signal(signal.SIGHUP)
+        child.wait_for("secrets of the webhook read again: 2")
+        assert told() == [True, True]
+        assert b'\nsmsproxy_webhook_requests_total{result="error"} 0\n' in request(child, "GET", "/metrics")[1]
+        assert child.end() == 0
+    assert receiver.backwards == []
+    where = f"webhook=http://127.0.0.1:{receiver.server_address[1]} webhook_secret_file={secret}"
+    assert re.search(f"INFO .* {where}", child.log)
+    assert [each for each in ("hunter", secret_line(SECRETS[0])[6:]) if each in child.log] == []
+
+
+def test_the_end_in_memory_tells_what_is_left_and_its_code_is_not_the_receivers(secret: Path) -> None:
+    argv = ["--max-delay", "none", "--client", "providers:Late"]
+    with Receiver() as receiver, Child(*hooked(receiver, secret), *argv) as child:
+        ids = post(child, 3)
+        assert child.end() == 0
+    assert receiver.statuses == dict.fromkeys(ids, "DELIVERED")
+    argv += ["--drain-timeout", "0.5"]
+    with Receiver(usually=hanging) as receiver, Child(*hooked(receiver, secret), *argv) as child:
+        post(child, 3)
+        assert child.end() == 0
+    assert "stopped before the webhook told 3 changes" in child.log
+
+
+def test_a_check_checks_the_webhook_without_a_request(secret: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Receiver() as receiver:
+        argv = hooked(receiver, secret)
+        assert ended(capsys, "--check", "--client", "providers:Late", *argv)[0] == 0
+        secret.write_text("whsec_hunter4")
+        with pytest.raises(SystemExit) as end:
+            main.main(["--check", *argv])
+    assert (end.value.code, receiver.told) == (2, [])
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n"), "hunter" in err) == ("", 1, False)
 
 
 def test_the_limit_of_open_files_decides_how_many_connections_there_are() -> None:
