@@ -20,8 +20,11 @@ import pytest
 
 import command_line
 import cost_report
+import restapi
 from cost_report import Policy
 from helpers import HANG, until
+from http_protocol import Limits
+from message_model import LONGEST_LIST, LONGEST_MESSAGE, LONGEST_NUMBER, LONGEST_TIME
 from receivers import VERIFY, VERIFY_WITH_LIBRARY
 from restapi import CODES, HttpMetrics
 from smsproxy import Metrics
@@ -46,7 +49,7 @@ NOT_RUN = {
 }  # fmt: skip
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SAVED = re.compile(r"[Ss]ave it as `([\w.]+)`")
+SAVED = re.compile(r"[Ss]ave (?:it|this)\s+as\s+`([\w.]+)`")
 SERVER = re.compile(r"(main\.py|\bsmsproxy|stand_in\.py|receiver\.py)(?!.*(--check|--help|--version|\|\|))")
 PORTS = {"stand_in.py": "9090", "receiver.py": "9000"}  # of other servers than the service, on the pages
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -286,7 +289,8 @@ def test_every_metric_and_every_alert_exists(page: str) -> None:
     assert set(re.findall(r"\bSmsproxy[A-Z]\w+", TEXTS[page])) - set(alerts) == set()
 
 
-EXAMPLES = {"shop.py", "sms.db", "copy.db", "smsproxy.pyz", "receiver.py", "verify.py"}  # files that a reader makes
+# Files that a reader makes.
+EXAMPLES = {"shop.py", "sms.db", "copy.db", "smsproxy.pyz", "receiver.py", "verify.py", "pushed.py"}
 FILE = re.compile(r"[\w./-]*\w\.(?:py|md|ini|toml|yaml|json|html|svg|png|conf|service|socket|db|pyz)\b")
 
 
@@ -335,6 +339,16 @@ def test_the_pages_tell_every_setting_and_its_default() -> None:
 def test_the_interface_tells_every_status_code() -> None:
     codes = {int(code) for row in table(TEXTS["docs/interface.md"], "status") for code in re.findall(r"\d{3}", row[0])}
     assert codes == {code for code in CODES if code >= 400}
+
+
+def test_the_interface_tells_the_limits() -> None:
+    limits, text = Limits(), TEXTS["docs/interface.md"]
+    told = [f"{size // 1024} KiB" for size in (limits.head, limits.target, restapi.BODY, limits.small_body)]
+    told += [f"{size // 2**20} MiB" for size in (restapi.LARGE_BODY, limits.large_bodies)]
+    told += [f"{limits.headers} headers", f"{limits.read_timeout:.0f} s in all", f"| {limits.idle_timeout:.0f} s |"]
+    told += [f"{LONGEST_NUMBER} digits", f"{LONGEST_MESSAGE:,} characters", f"{LONGEST_TIME:,.0f} s",
+             f"{LONGEST_LIST:,} messages"]  # fmt: skip
+    assert [each for each in told if each not in text] == []
 
 
 def test_the_tour_of_the_house_enters_every_room() -> None:
