@@ -153,7 +153,7 @@ class Dispatcher(Generic[B]):
         """How many requests are under way, for how long the breaker has been open, and in how long it tries again."""
         with self._lock:
             now, breaker = self._clock(), self._scheduler.breaker
-            return self._scheduler.in_flight, breaker.open_for(now), breaker.next_try_in(now)
+            return self._scheduler.in_flight, breaker.open_for(now), self._scheduler.next_try_in(now)
 
     # The end
 

@@ -22,14 +22,16 @@ How long that is, its *linger*, is the message's own: the `max_delay` that the c
 **What the breaker promises.** A request that fails may be billed, and while FastSMSing is away all of them fail. So
 the first failure stops all requests (the breaker is *open*) but one at a time, the *probe*, after a backoff that
 doubles. Any request that FastSMSing answers closes the breaker, with a rejection, too. A probe that hangs gives up
-its place after `PROBE_PATIENCE`.
+its place after `PROBE_PATIENCE`. Each batch that failed has a backoff of its own, which doubles as well.
 
 **No set of bad batches stops the others.** Some messages make every request fail that holds them, while FastSMSing
-takes everything else. Two rules keep them from looking like an outage, however many they are:
+takes everything else. Three rules keep them from looking like an outage, however many they are:
 
 1. A batch that fails again, although FastSMSing has answered another request since it failed last, says nothing about
    FastSMSing. It does not open the breaker; it only waits for a backoff of its own.
-2. When both a batch from the outbox and one that failed before could go, they take turns, and of those that
+2. A batch that fails twice in a row says nothing new about FastSMSing, so the breaker's backoff doubles only when
+   another batch fails. If one bad batch is all that there was, the next one waits for the shortest backoff.
+3. When both a batch from the outbox and one that failed before could go, they take turns, and of those that
    failed before the one with the fewest tries goes first. So among the next two requests is one with another batch.
 
 Riders do not share the fate of a batch that fails. They go back to the outbox, so that a bad message in the newsletter
@@ -51,7 +53,7 @@ from typing import Any, Generic, Union
 
 from batch_outbox import ALMOST, B, Claim
 from fastsmsing import Message
-from message_model import Entry, SendMessage, ValidationError
+from message_model import LONGEST_TIME, Entry, SendMessage, ValidationError
 
 __all__ = ["CircuitBreaker", "Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
 
@@ -132,7 +134,8 @@ class CircuitBreaker:
         self.asked_until = 0.0  # before that FastSMSing wants no request
         self.answered_at = -math.inf  # when FastSMSing last answered a request
         self.longest_backoff = math.inf
-        self._failures = 0  # in a row: the first and the probes
+        self._failures = 0  # in a row, of the first and the probes; those of one batch after another count once
+        self._last_failed: object = None
         self._probe: object = None
         self._probe_since = 0.0
 
@@ -161,7 +164,8 @@ class CircuitBreaker:
             self.opened_at, self.requests, self._failures, self._probe = now, 0, 0, None
         self.requests += 1
         if opened or request is self._probe:
-            self._failures, self._probe = self._failures + 1, None
+            self._failures += opened or request is not self._last_failed
+            self._last_failed, self._probe = request, None
             self.next_try = now + self.backoff(self._failures)
         self.next_try = max(self.next_try, self.asked_until)  # also for one that started before it opened
         return opened
@@ -186,10 +190,6 @@ class CircuitBreaker:
     def open_for(self, now: float) -> float:
         """Seconds since it opened; 0 while it is closed, and only then."""
         return 0.0 if self.opened_at is None else max(1e-3, now - self.opened_at)
-
-    def next_try_in(self, now: float) -> float:
-        """Seconds until the next request; 0 while it is closed."""
-        return max(0.0, self.next_try - now) if self.open else 0.0
 
     def hasten(self, now: float) -> None:
         """From now on no wait is longer than `DRAIN_BACKOFF`, except where FastSMSing asks for it."""
@@ -288,8 +288,15 @@ class Scheduler(Generic[B]):
     @property
     def quiet(self) -> bool:
         """Whether nothing is under way, and nothing waits that is to be sent before the end."""
-        rest = not self._durable and (self._outlook.waiting or self._ready)
-        return not (self._looking or self._under_way or self._saving or rest)
+        rest = not self._durable and (self._looking or self._outlook.waiting or self._ready)
+        return not (self._under_way or self._saving or rest)
+
+    def next_try_in(self, now: float) -> float:
+        """Seconds until the next request while the breaker is open; 0 while it is closed."""
+        if not self.breaker.open or self._under_way:
+            return 0.0
+        something = min([self._look_at(), *(job.not_before for job in self._ready)])
+        return min(max(0.0, self.breaker.next_try - now, something - now), LONGEST_TIME)
 
     def next(self, now: float) -> Step[B]:
         """The next step. A job is under way from now on, a look until `claimed`."""

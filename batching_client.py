@@ -265,7 +265,8 @@ class SimpleBatchingClient:
         self.drain()
         self.dispatcher.close(deadline.left if self._threads else 0.0)  # if it never started nobody sends
         self.sender.over.set()
-        ending = deadline.or_in(GRACE)  # for all that follows together
+        # For all that follows together. What a look into a durable outbox may still claim need not be waited for.
+        ending = Deadline(GRACE) if self._repository.durable else deadline.or_in(GRACE)
         for thread in self._threads[:1]:
             thread.join(ending.left)  # the dispatcher: what it has just claimed counts
         left = self.dispatcher.left()

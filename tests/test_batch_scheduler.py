@@ -261,6 +261,29 @@ def test_the_breaker_doubles_its_wait_for_probes_only() -> None:
     assert breaker.wait(5.0) == 0.0
 
 
+def test_the_breaker_does_not_double_its_wait_for_the_same_batch_again() -> None:
+    breaker = CircuitBreaker(SmsProxyConfig(backoff_base=1.0), lambda: 1.0)
+    waits = []
+    for now, batch in enumerate(("a", "a", "a", "b", "b", "a", "c")):
+        breaker.begin(batch, 100.0 * now)
+        breaker.failed(batch, 0.0, 100.0 * now)
+        waits.append(breaker.wait(100.0 * now))
+    assert waits == [1.0, 1.0, 1.0, 2.0, 2.0, 4.0, 8.0]
+
+
+def test_one_bad_batch_in_the_night_does_not_hold_up_a_code() -> None:
+    scheduler = scheduler_of(batch_size=1)
+    save(scheduler)
+    bad, now = claim(scheduler, 0.0, "bad"), 0.0
+    for _ in range(12):
+        fail(scheduler, bad, now)
+        now += 30.0
+        bad = begin(scheduler, now, "bad")
+    fail(scheduler, bad, now)
+    save(scheduler, 1.0, now=now)
+    claim(scheduler, now + 1.0, "code")
+
+
 def test_a_probe_that_hangs_gives_up_its_place() -> None:
     scheduler = scheduler_of(batch_size=1, backoff_base=1.0)
     save(scheduler, 0.0, 0.0)
@@ -285,7 +308,7 @@ def test_the_provider_may_ask_for_a_longer_wait_until_it_answers() -> None:
     succeed(scheduler, slow, 3.0)
     assert scheduler.next(3.0) is failed  # and it waits only for its own backoff
     assert fail(scheduler, failed, 4.0) is False
-    assert scheduler.breaker.next_try_in(4.0) == 0.0  # an hour that was asked for before is forgotten
+    assert scheduler.next_try_in(4.0) == 0.0  # an hour that was asked for before is forgotten
 
 
 def test_new_batches_and_those_that_failed_take_turns_as_the_probe() -> None:
@@ -387,6 +410,15 @@ def test_a_durable_drain_starts_nothing_and_is_quiet_when_requests_have_ended() 
     assert (scheduler.next(0.0), scheduler.quiet) == (math.inf, False)
     scheduler.ended(job, (), 0.0)
     assert (scheduler.next(0.0), scheduler.quiet) == (math.inf, True)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_a_look_into_an_outbox_that_would_be_lost_is_waited_for(durable: bool) -> None:
+    scheduler = scheduler_of(durable=durable)
+    save(scheduler)
+    assert isinstance(scheduler.next(0.0), Look)
+    scheduler.drain(0.0)
+    assert scheduler.quiet is durable
 
 
 def test_a_drain_shortens_backoffs() -> None:

@@ -241,7 +241,7 @@ def test_a_provider_that_hangs_and_then_fails_has_one_request_under_way_once_it_
     world.wait(200.0)
     assert it.most_under_way == 1
     assert len(it.requests) - before <= 8
-    world.wait(600.0)
+    world.wait(700.0)
     assert it.delivered_once()
 
 
