@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from batch_outbox import Claim, look
@@ -28,11 +28,10 @@ class MemoryChanges(ChangeOutbox):
         self._body_since = 0.0  # when the first of its messages changed
         self._under_way = False  # whether the body is claimed
 
-    def record(self, message_id: str, update: MessageStatus | Reason, now: float) -> None:
-        """A message changed. The caller holds the repository's lock."""
-        if message_id not in self._updates:
-            self._order.append((now, message_id))
-        self._updates[message_id] = update
+    def record(self, ids: Sequence[str], update: MessageStatus | Reason, now: float) -> None:
+        """These messages changed. The caller holds the repository's lock."""
+        self._order.extend([(now, message_id) for message_id in ids if message_id not in self._updates])
+        self._updates.update(dict.fromkeys(ids, update))
 
     def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[ChangeBody]:
         """See `ChangeOutbox`."""

@@ -358,8 +358,7 @@ class InMemoryRepository(Repository):
         for message_id in ids:
             records[message_id] = record
         if self._changes is not None and record[0] is not MessageStatus.ACCEPTED:
-            for message_id in ids:
-                self._changes.record(message_id, update, now)
+            self._changes.record(ids, update, now)
 
 
 _IN_OUTBOX: Record = (MessageStatus.ACCEPTED, None, math.inf)

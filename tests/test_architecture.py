@@ -87,7 +87,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 MAY_POSTGRES_IMPORT = ("base_repository", "fastsmsing", "incident_log", "message_model")
 
 ROLES = {"smsproxy", "restapi", "fastsmsing", "main", "__main__"}  # the names that were given; others have two words
-PURE = {"batch_scheduler", "http_protocol", "message_model", "webhook_message"}  # rules: decided from what they are told
+# Rules: decided from what they are told.
+PURE = {"batch_scheduler", "http_protocol", "message_model", "webhook_message"}
 IMPURE = {"threading", "socket", "selectors", "time", "logging", "queue"}
 SETTING_SIGNALS = ("signal.signal", "signal.set_wakeup_fd", "signal.pthread_sigmask", "signal.setitimer")
 ASKS = {"postgres/tests/cluster.py"}  # it waits for what another process does, which can only be asked for
