@@ -122,10 +122,8 @@ class WebhookClient(Webhook):
                 continue  # it stays in the outbox
             try:
                 again = self.conclude(job, self._sender.post(job.batch)) if self.prepare(job) else ()
-            except Exception as error:  # whatever it is, nothing else may leave before this body
-                self._recording.failed(error if isinstance(error, RepositoryUnavailableError) else location(error))
-                self.dispatcher.failed(job, 0.0)
-                again = [job]
+            except Exception as error:
+                again = self.recover(job, error)
             self.dispatcher.ended(job, again)
 
     def prepare(self, job: Job[ChangeBody]) -> bool:
@@ -154,6 +152,12 @@ class WebhookClient(Webhook):
         self._handed_over(body)
         log.info("told %s at attempt %d as %s: %s", counted(len(body), "change"), job.attempt, body.id, named(body.ids))
         return ()
+
+    def recover(self, job: Job[ChangeBody], error: Exception) -> Sequence[Job[ChangeBody]]:
+        """Sees to what follows from an error of ours: whatever it is, nothing else may leave before this body."""
+        self._recording.failed(error if isinstance(error, RepositoryUnavailableError) else location(error))
+        self.dispatcher.failed(job, 0.0)
+        return [job]
 
     def _handed_over(self, body: ChangeBody) -> None:
         # Until it is recorded, a crash would tell it again.

@@ -73,7 +73,12 @@ class Teller:
             except queue.Empty:
                 return self.world.now + wait
             assert job is not None
-            if self.client.prepare(job):
+            try:
+                to_tell = self.client.prepare(job)
+            except RepositoryUnavailableError as error:
+                self.client.dispatcher.ended(job, self.client.recover(job, error))
+                continue
+            if to_tell:
                 self.under_way += 1
                 assert self.under_way == 1
                 start = self.world.now
@@ -252,38 +257,29 @@ def test_the_log_says_once_that_a_receiver_is_away_and_once_that_it_is_back(capl
 # When our own side fails
 
 
-def test_an_outbox_that_fails_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_outbox_that_fails_is_asked_again_after_a_while_and_loses_nothing(caplog: pytest.LogCaptureFixture) -> None:
     teller = Teller(world := World(), count=50)
-    changes: Any = teller.repository._changes
-    working, rng = {each: getattr(changes, each) for each in ("claim", "holds")}, random.Random(1)
+    changes, rng, raised = teller.repository._changes, random.Random(1), []
 
-    def failing(method: str) -> Callable[..., Any]:
+    def failing(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if rng.random() < 0.3:
+                raised.append(world.now)
                 raise RepositoryUnavailableError("disk full")
-            return working[method](*args, **kwargs)
+            return method(*args, **kwargs)
 
         return call
 
-    for method in working:
-        setattr(changes, method, failing(method))
-    advance = teller.advance
-    teller.advance = lambda: survive(advance, teller)  # type: ignore[method-assign]
+    for name_of_method in ("claim", "holds"):
+        setattr(changes, name_of_method, failing(getattr(changes, name_of_method)))
     for number in range(50):
         teller.change([number])
         world.wait(3.0)
-    world.wait(1_000.0)
+    world.wait(100.0)
     assert teller.told == {name(number): DELIVERED for number in range(50)}
-
-
-def survive(advance: Callable[[], float], teller: Teller) -> float:
-    while True:
-        try:
-            return advance()
-        except RepositoryUnavailableError:  # as the sending thread does
-            (job,) = teller.client.dispatcher._scheduler._under_way
-            teller.client.dispatcher.failed(job, 0.0)
-            teller.client.dispatcher.ended(job, [job])
+    assert min(after - before for before, after in itertools.pairwise(raised)) > 0.2
+    assert "the webhook cannot go on: disk full" in caplog.text
+    assert "changes cannot be read for the webhook: disk full" in caplog.text
 
 
 def test_a_body_that_another_instance_tells_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
