@@ -204,7 +204,7 @@ class Peer(contextlib.AbstractContextManager["Peer"]):
         """One response to a request with this method."""
         status = int(self._file.readline().split()[1])
         headers = http.client.parse_headers(self._file)
-        body = self._file.read(0 if method == "HEAD" else int(headers["Content-Length"]))
+        body = self._file.read(0 if method == "HEAD" else int(headers.get("Content-Length", "0")))
         assert body[-1:] in (b"", b"\n")
         return status, json.loads(body) if body and headers["Content-Type"] == "application/json" else body, headers
 

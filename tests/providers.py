@@ -51,6 +51,26 @@ class Recorder:
         return [message.message_id for batch in self.batches for message in batch]
 
 
+class Receiver(Recorder):
+    """A provider double whose delivery reports are pushed; `receive` raises `error` if there is one, and may wait."""
+
+    def __init__(self, error: BaseException | None = None, *, waits: bool = False) -> None:
+        super().__init__()
+        self.error = error
+        self.received: list[tuple[str, Mapping[str, str], bytes]] = []
+        self.entered, self.opened = threading.Semaphore(0), threading.Event()
+        if not waits:
+            self.opened.set()
+
+    def receive(self, query: str, headers: Mapping[str, str], body: bytes) -> None:
+        self.entered.release()
+        if not self.opened.wait(HANG):
+            raise TimeoutError("receive was never opened")
+        if self.error is not None:
+            raise self.error
+        self.received.append((query, headers, body))
+
+
 class Gate(Recorder):
     """A provider double that holds every request until it is opened."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -284,3 +285,19 @@ def test_a_request_is_served_only_when_the_one_before_has_its_response_and_none_
 def test_what_is_not_in_the_table_is_refused() -> None:
     with pytest.raises(RuntimeError, match="RESPONSE must not happen"):
         TRANSITIONS[State.IDLE][Event.RESPONSE]
+
+
+def test_a_body_that_comes_in_small_pieces_takes_linear_time() -> None:
+    body, parser = bytes(1024 * 1024), RequestParser(Limits())
+    parser.feed(post(f"Content-Length: {len(body)}", body=b""))
+    began = time.process_time()
+    for start in range(0, len(body), 16):
+        assert parser.next() is None
+        parser.feed(body[start : start + 16])
+    assert time.process_time() - began < 2.0, "to copy what has come with each piece takes some ten seconds"
+    request = parser.next()
+    assert (request and request.body, parser.buffer) == (body, b"")
+
+
+def test_a_response_without_content_has_no_length() -> None:
+    assert b"Content-Length" not in response_head(204, 0, "application/json", "")

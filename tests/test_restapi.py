@@ -22,7 +22,7 @@ import request_groups
 import restapi
 from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Peer, Response, RestServer, exchange, raw, request, serving
-from providers import Gate, Recorder, Scripted
+from providers import Gate, Receiver, Recorder, Scripted
 from smsproxy import InMemoryRepository, Reason, RepositoryUnavailableError, SendMessage, SmsProxy, SmsProxyConfig
 
 NUMBER, TEXT = "48123456789", "Your parcel is here"
@@ -81,6 +81,7 @@ def post(content: object = TEXT, *lines: str) -> bytes:
 
 ASKED = {  # by the call of the repository that it leads to
     "save_all": post(), "get": raw("GET", "/sms/x"), "cancel": raw("DELETE", "/sms/x"), "check": raw("GET", "/healthz"),
+    "save_together": raw("POST", "/sms/bulk", {"Messages": [GOOD]}),
 }  # fmt: skip
 
 
@@ -100,13 +101,13 @@ def connected(server: RestServer, count: int) -> Iterator[list[Peer]]:
 
 @pytest.fixture
 def idle() -> Iterator[RestServer]:
-    with service() as server:
+    with service(receiver=Receiver()) as server:
         yield server
 
 
 @pytest.fixture
 def guarded() -> Iterator[RestServer]:
-    with service(api_keys=KEYS) as server:
+    with service(api_keys=KEYS, receiver=Receiver()) as server:
         yield server
 
 
@@ -188,7 +189,8 @@ def test_a_body_that_will_not_do_is_a_400_that_says_why_and_saves_nothing(body: 
 
 
 PATHS = {  # a path of each route → its methods
-    "/sms": "POST", "/sms/": "POST", "/sms/some-id": "GET HEAD DELETE", "/metrics": "GET HEAD",
+    "/sms": "POST", "/sms/": "POST", "/sms/bulk": "POST", "/reports": "POST",
+    "/sms/some-id": "GET HEAD DELETE", "/metrics": "GET HEAD",
     "/healthz": "GET HEAD", "/livez": "GET HEAD", "/openapi.json": "GET HEAD", "/": "GET HEAD",
 }  # fmt: skip
 
@@ -477,7 +479,9 @@ def test_the_figures_are_there_while_the_database_is_away_but_for_its_own(monkey
 
 def test_no_body_says_where_the_database_is(caplog: pytest.LogCaptureFixture) -> None:
     away = RepositoryUnavailableError("connection to db.internal port 5432 failed: /var/run/postgresql")
-    with service(repository=Guarded(save_all=away, get=away, cancel=away, check=away)) as server:
+    repository = Guarded()
+    repository.errors = dict.fromkeys(ASKED, away)
+    with service(repository=repository) as server:
         for data in ASKED.values():
             status, doc, _ = exchange(server, data)
             assert status == 503
@@ -510,8 +514,8 @@ def figures(server: RestServer, key: str = "") -> dict[str, float]:
 def test_every_figure_and_every_label_value_is_there_at_0_from_the_start() -> None:
     with service(version="1.2.3") as server:
         found = figures(server)
-    codes = (200, 202, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)
-    routes = ("/", "/healthz", "/livez", "/metrics", "/openapi.json", "/sms", "/sms/<id>", "other")
+    codes = (200, 202, 204, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)
+    routes = ("/", "/healthz", "/livez", "/metrics", "/openapi.json", "/sms", "/sms/<id>", "/sms/bulk", "other")
     expected = {f'http_responses_total{{route="{route}",code="{code}"}}' for route in routes for code in codes}
     assert {key: found.get(key) for key in expected} == dict.fromkeys(expected, 0.0)
     assert found["pending_messages_limit"] == 1e5
@@ -715,7 +719,8 @@ class Description:
 
     def check(self, schema: Any, value: Any) -> bool:
         """True, or fails, by the part of JSON Schema that the document uses; any other keyword fails."""
-        types: dict[str, Any] = {"object": dict, "array": list, "string": str, "number": (int, float)}
+        types: dict[str, Any] = {"object": dict, "array": list, "string": str,
+                                 "number": (int, float), "integer": int}
         rules: dict[str, Callable[[Any], bool]] = {
             "type": lambda rule: isinstance(value, types[rule]),
             "required": lambda rule: set(rule) <= set(value),
@@ -728,6 +733,7 @@ class Description:
             "maximum": lambda rule: value <= rule,
             "additionalProperties": lambda rule: set(value) <= set(self.resolve(schema)["properties"]),
             "minItems": lambda rule: len(value) >= rule,
+            "maxItems": lambda rule: len(value) <= rule,
             "pattern": lambda rule: re.search(rule, value) is not None,
             "format": lambda rule: rule == "uuid" and str(uuid.UUID(value)) == value,
             "description": lambda rule: True,
@@ -754,11 +760,14 @@ def provoked(
     repository = Guarded()
     repository.errors = dict.fromkeys(ASKED, errors[status]) if status in errors else {}
     data = raw("PUT" if status == "405" else method, path, b"" if status == "400" else body, KEY_LINE)
+    raised = {"400": ValueError(), "401": PermissionError(), **errors}.get(status)
     if status == "403":
         data = data.replace(b"Host: x", b"Host: x\r\nOrigin: http://evil.example")
-    with service(repository=repository, api_keys=KEYS if status == "401" else {}) as server:
+    keys = KEYS if status == "401" else {}
+    with service(repository=repository, api_keys=keys, receiver=Receiver(raised)) as server:
         if status == "422":
             exchange(server, post("another", KEY_LINE))
+            exchange(server, raw("POST", "/sms/bulk", {"Messages": [GOOD]}, KEY_LINE))
         if method == "DELETE" and status in ("200", "409"):
             path = f"/sms/{accept(server)}"
             data = raw(method, path)
@@ -779,8 +788,9 @@ def test_every_response_of_this_interface_is_described_as_it_is(
         by_http = {"408", "411", "413", "431", "default", "400" if method != "POST" else ""}
         body = None
         if "requestBody" in operation:
-            content = description.resolve(operation["requestBody"])["content"]["application/json"]
+            content = description.resolve(operation["requestBody"])["content"].get("application/json", {"example": 0})
             body = json.dumps(content["example"]).encode()
+        body = b"a report" if path == "/reports" else body
         for status in operation["responses"].keys() - by_http:
             response = provoked(monkeypatch, status, path, method, body)
             assert (method, path, str(response[0])) == (method, path, status)
