@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import operator
 import re
 import threading
@@ -20,10 +21,21 @@ import pytest
 import command_line
 import request_groups
 import restapi
+from change_outbox import Change, ChangeBody
 from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Peer, Response, RestServer, exchange, raw, request, serving
 from providers import Gate, Receiver, Recorder, Scripted
-from smsproxy import InMemoryRepository, Reason, RepositoryUnavailableError, SendMessage, SmsProxy, SmsProxyConfig
+from smsproxy import (
+    TRANSITIONS,
+    InMemoryRepository,
+    MessageStatus,
+    Reason,
+    RepositoryUnavailableError,
+    SendMessage,
+    SmsProxy,
+    SmsProxyConfig,
+)
+from webhook_message import content_of, signed_headers
 
 NUMBER, TEXT = "48123456789", "Your parcel is here"
 GOOD = {"PhoneNumber": NUMBER, "Content": TEXT}
@@ -817,6 +829,24 @@ def test_the_limits_of_a_message_are_described_as_they_are(description: Descript
         bodies = [{**GOOD, name: character * length} for length in (least, most, most + 1)]
         assert [request(idle, "POST", "/sms", body)[0] for body in bodies] == [202, 202, 400]
     assert set(schemas["Status"]["properties"]["Reason"]["enum"]) == {each.value for each in Reason}
+
+
+def test_the_webhook_is_described_as_it_is(description: Description) -> None:
+    (webhook,) = description.document["webhooks"].values()
+    said = webhook["post"]["requestBody"]["content"]["application/json"]
+    changes = [Change.of(f"m{place}", update) for place, update in enumerate([MessageStatus.CONFIRMED, *Reason])]
+    body = ChangeBody.made(changes, 1.8e9, math.inf)
+    for document in (said["example"], json.loads(content_of(body))):
+        assert description.check(said["schema"], document)
+    headers = signed_headers(body.id, content_of(body), (b"x" * 24,) * 2, 1.8e9)
+    assert [each["name"] for each in webhook["post"]["parameters"]] == list(headers)
+    for each in webhook["post"]["parameters"]:
+        description.check(each["schema"], each["example"])
+        description.check(each["schema"], headers[each["name"]])
+    messages = said["schema"]["properties"]["data"]["properties"]["Messages"]
+    status, reason = (messages["items"]["properties"][name]["enum"] for name in ("Status", "Reason"))
+    assert set(status) == TRANSITIONS[MessageStatus.ACCEPTED]
+    assert set(reason) == {each.value for each in Reason}
 
 
 def test_every_example_is_as_its_schema_says_and_every_part_is_used(description: Description) -> None:
