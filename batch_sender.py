@@ -101,6 +101,10 @@ class Sender:
             job.refused = {message_id: str(reason) for message_id, reason in answer.items() if message_id in ids}
         result = "ok" if error is None else "rejected" if isinstance(error, RejectedError) else "error"
         self._metrics.requests.add(1, result)
+        if error is None:
+            self._metrics.last_success.happened()
+        else:
+            self._metrics.errors.add(1, describe(error))
         self._metrics.batch_messages.observe([len(job.sent)])
         self._metrics.request_duration.observe([self._clock() - job.started_at], result)
 

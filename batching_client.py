@@ -213,6 +213,8 @@ class SimpleBatchingClient:
         metrics = self._metrics
         metrics.in_flight.value, metrics.breaker_open.value, metrics.next_try.value = self.dispatcher.measure()
         metrics.requests_saved.value = metrics.handed_over.total - metrics.requests.total
+        # What was given up became final, too, and was not handed over.
+        metrics.unreported.value = metrics.handed_over.total + metrics.given_up.total - metrics.final.total
         try:
             pending: float | None = self._repository.backlog()
             ages: Ages | None = self._repository.ages()

@@ -7,16 +7,18 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
 
 from http_protocol import METHODS, NO_HEADERS, HttpError, Limits, Request, State, header_lines, response_head
 
-__all__ = ["Application", "Carrier", "Exchange", "Front", "Handler", "Server"]
+__all__ = ["DURATIONS", "Application", "Carrier", "Exchange", "Front", "Handler", "Server"]
 
 log = logging.getLogger("smsproxy.http")
 
+# Seconds; bounds for the time from a whole request to its response.
+DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BUSY = {"Retry-After": "1"}  # seconds; a large request takes milliseconds
 
 
@@ -29,6 +31,10 @@ class Front(Protocol):
     limits: Limits
     stopping: bool  # a shutdown has begun
     responses: Counter[tuple[str, int]]  # by route and status
+
+    @property
+    def durations(self) -> Mapping[str, Sequence[float]]:
+        """By route: how many responses took as long as each of `DURATIONS`, how many longer, and their sum."""
 
     @property
     def open_connections(self) -> int:
@@ -62,6 +68,8 @@ class Server(Front, Protocol):
     """What an exchange needs of the front that serves it."""
 
     application: Application
+    now: float  # of this iteration, by time.monotonic()
+    responded: dict[tuple[str, float], int]  # this iteration's responses, by route and when their request was whole
     date: bytes  # the header of this second, and the end of a head
     logs_responses: bool  # the log takes debug messages
     large_bodies: int  # bytes, together, of the large bodies that have no response yet
@@ -95,13 +103,13 @@ class Carrier(Protocol):
 class Exchange:
     """One request and the way back for its response. It ends with the response, or with the connection."""
 
-    __slots__ = ("_connection", "_deferred", "_handler", "_large", "client", "request", "route")
+    __slots__ = ("_began", "_connection", "_deferred", "_handler", "_large", "client", "request", "route")
 
     def __init__(self, request: Request, connection: Carrier) -> None:
         self.request = request
         self.route = "other"  # what the response is counted as
         self.client = ""  # who sent it, for the log
-        self._connection, self._deferred = connection, False
+        self._connection, self._deferred, self._began = connection, False, connection.loop.now
         self._handler: Handler | None = None  # once the head has been judged before the body came
         self._large = 0  # bytes of the body that count as large
 
@@ -162,6 +170,8 @@ class Exchange:
         response = head + loop.date if request.method == "HEAD" else head + loop.date + body
         connection.send(response, last, self._deferred)
         loop.responses[self.route, status] += 1
+        since = self.route, self._began
+        loop.responded[since] = loop.responded.get(since, 0) + 1
         if loop.logs_responses:
             client = f" ({self.client})" if self.client else ""
             log.debug("%s%s %s %d", connection.address, client, self._shown, status)
@@ -183,6 +193,8 @@ class Exchange:
         """Lets the application respond or defer. This is its boundary: whatever it raises becomes the response, and
         costs at most this connection."""
         connection = self._connection
+        if self._handler is not None:  # it was made before the body came, which takes a slow client any time
+            self._began = connection.loop.now
         try:
             (self._handler or connection.loop.application.route(self))(self)
             if connection.exchange is self and not self._deferred:

@@ -19,7 +19,8 @@ import socket
 import socketserver
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from bisect import bisect_left
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -28,7 +29,7 @@ from selectors import EVENT_READ as READ
 from typing import Any
 
 from http_connection import Connection
-from http_exchange import Application
+from http_exchange import DURATIONS, Application
 from http_protocol import CLOSED, NEVER, Limits, State, parse_headers, timeouts
 
 __all__ = ["FrontServer"]
@@ -185,6 +186,8 @@ class FrontServer(HTTPServer):
         self.parse_headers = parse_headers(limits, HEADERS_KEPT)
         self.stopping = False
         self.responses: Counter[tuple[str, int]] = Counter()
+        self.durations: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * (len(DURATIONS) + 2))
+        self.responded: dict[tuple[str, float], int] = {}
         self.now, self.soonest = clock(), NEVER
         self.logs_responses = False
         self.large_bodies = 0
@@ -339,8 +342,19 @@ class FrontServer(HTTPServer):
                         connection.end_iteration()  # which may serve requests that waited for it
                     except Exception:
                         self._failed(connection.end_iteration)
+        if self.responded:
+            self._count_durations()
         if self._acceptor.full and self.idle:
             self._acceptor.start()
+
+    def _count_durations(self) -> None:
+        """Counts how long the responses of this iteration took; those of requests that came together count as one."""
+        now = self._clock()
+        for (route, began), count in self.responded.items():
+            row = self.durations[route]
+            row[bisect_left(DURATIONS, now - began)] += count
+            row[-1] += (now - began) * count
+        self.responded.clear()
 
     def _run_calls(self, events: int) -> None:
         for call, args in self._waker.calls():

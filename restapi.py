@@ -25,7 +25,7 @@ from urllib.parse import unquote
 
 from bulk_requests import BulkRequests
 from fastsmsing import ReportReceiver
-from http_exchange import Exchange, Front, Handler
+from http_exchange import DURATIONS, Exchange, Front, Handler
 from http_protocol import METHODS, HttpError, Request
 from pushed_reports import PushedReports
 from request_decoding import NAMES, decode, idempotency_key
@@ -34,6 +34,7 @@ from smsproxy import (
     ClosedError,
     Entry,
     Gauge,
+    Histogram,
     IdempotencyError,
     MessageStatus,
     MetricSet,
@@ -110,7 +111,10 @@ def from_another_page(headers: Mapping[str, str]) -> bool:
 class HttpMetrics(MetricSet):
     """What is measured of HTTP and of this process."""
 
-    def __init__(self, version: str) -> None:
+    def __init__(self, version: str, routes: Iterable[str] = ()) -> None:
+        self.durations = Histogram("smsproxy_http_request_duration_seconds",
+                                   "Time from a whole request to its response, by route.",
+                                   DURATIONS, "route", tuple(routes))  # fmt: skip
         self.connections = Gauge("smsproxy_http_connections", "Connections that are open.")
         self.limit = Gauge("smsproxy_http_connections_limit", "With so many an idle one is closed for a new one.")
         self.cpu = Gauge("process_cpu_seconds_total", "Processor time that this process used.", "counter")
@@ -119,10 +123,12 @@ class HttpMetrics(MetricSet):
         self.memory = Gauge("process_resident_memory_bytes", "Memory that this process holds.")
         self.open_fds = Gauge("process_open_fds", "File descriptors that are open.")
         self.max_fds = Gauge("process_max_fds", "File descriptors that may be open.")
+        self._routes = tuple(routes)
         self._build = f'version="{version}",python="{platform.python_version()}"'
 
     def measure(self, front: Front) -> None:
         """Sets the gauges; what the system does not tell has no value."""
+        self.durations.load(front.durations)
         self.connections.value, self.limit.value = front.open_connections, front.limits.connections
         self.cpu.value = time.process_time()
         self.max_fds.value = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
@@ -133,11 +139,11 @@ class HttpMetrics(MetricSet):
         except OSError:  # not Linux
             self.memory.value = self.open_fds.value = None
 
-    def counts(self, front: Front, routes: Iterable[str]) -> Iterator[str]:
+    def counts(self, front: Front) -> Iterator[str]:
         """The lines of the responses, by route and code, and of the build."""
         yield "# HELP smsproxy_http_responses_total HTTP responses, by route and code."
         yield "# TYPE smsproxy_http_responses_total counter"
-        none = {(route, code): 0 for route in routes for code in CODES}
+        none = {(route, code): 0 for route in self._routes for code in CODES}
         for (route, code), count in {**none, **front.responses}.items():
             yield f'smsproxy_http_responses_total{{route="{route}",code="{code:d}"}} {count}'
         yield "# HELP smsproxy_build_info Which program this is."
@@ -178,7 +184,6 @@ class RestApi:
         self._healths = Group(lambda asks: [proxy.health()] * len(asks), self._healthy, blocking=blocking, lanes=1)
         self._figures = Group(self._measure, self._measured, blocking=blocking, lanes=1)
         self._bulks, reports = BulkRequests(proxy), PushedReports(receiver) if receiver else None
-        self._http_metrics = HttpMetrics(version)
         self._groups: tuple[Group[Any, Any], ...] = (
             self._posts, self._statuses, self._cancels, self._healths, self._figures,
             *([reports.group] if reports else []))  # fmt: skip
@@ -199,6 +204,8 @@ class RestApi:
             # Of the whole server: OPTIONS (RFC 9110, 9.3.7).
             "*": Route("other", {**_get(self._file), **post, "DELETE": self._cancel}),
         }
+        names = {route.name for route in (self._message, *self._routes.values())}
+        self._http_metrics = HttpMetrics(version, sorted(names))
 
     def set_api_keys(self, api_keys: Mapping[str, str]) -> None:
         """Replaces the keys, key by name, for the requests that come from now on."""
@@ -342,9 +349,8 @@ class RestApi:
 
     def _measured(self, exchange: Exchange, asked: None, result: None) -> None:
         front = exchange.front
-        routes = sorted({route.name for route in (self._message, *self._routes.values())})
         self._http_metrics.measure(front)
-        text = [*self.proxy.metrics.text(), *self._http_metrics.text(), *self._http_metrics.counts(front, routes), ""]
+        text = [*self.proxy.metrics.text(), *self._http_metrics.text(), *self._http_metrics.counts(front), ""]
         exchange.respond(HTTPStatus.OK, "\n".join(text).encode(), content_type=PROMETHEUS)
 
     def _file(self, exchange: Exchange) -> None:

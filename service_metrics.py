@@ -2,14 +2,19 @@
 from __future__ import annotations
 
 import bisect
+import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from message_model import FINAL_STATUSES, Reason
 
-__all__ = ["Counter", "Gauge", "Histogram", "Metric", "MetricSet", "Metrics", "WebhookMetrics"]
+__all__ = ["Age", "Counter", "Gauge", "Histogram", "KindCounter", "Metric", "MetricSet", "Metrics", "WebhookMetrics"]
 
 ANY = ("",)  # the value of the label of a metric that has no label
+KINDS = 20  # values of a label that takes what comes: each is a series that is kept for ever
+OTHER = "other"  # what comes after these
+KIND = re.compile(r"[\w .-]{1,100}")  # needs no escaping
 
 
 class Metric:
@@ -60,8 +65,26 @@ class Counter(Metric):
         return self._counts[value]
 
     def _samples(self) -> Iterator[str]:
-        for value, labels in self._labels.items():
+        for value, labels in list(self._labels.items()):
             yield f"{self._series('', labels)} {self._counts[value]:.15g}"
+
+
+class KindCounter(Counter):
+    """A counter whose label takes the values that come, the first `KINDS` of them; the others count as "other"."""
+
+    def __init__(self, name: str, says: str, label: str) -> None:
+        super().__init__(name, says, label, (OTHER,))
+
+    def add(self, amount: float = 1, value: str = OTHER) -> None:
+        """Counts."""
+        with self._lock:
+            if value not in self._counts:
+                if len(self._counts) <= KINDS and KIND.fullmatch(value):
+                    self._counts[value] = 0.0
+                    self._labels[value] = f'{self._label}="{value}"'
+                else:
+                    value = OTHER
+            self._counts[value] += amount
 
 
 class Gauge(Metric):
@@ -78,6 +101,25 @@ class Gauge(Metric):
         value = self.value
         if value is not None:
             yield f"{self.name} {value:.15g}"
+
+
+class Age(Metric):
+    """The seconds since something happened last; left out until it does."""
+
+    kind = "gauge"
+
+    def __init__(self, name: str, says: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(name, says)
+        self._clock = clock
+        self._at: float | None = None
+
+    def happened(self) -> None:
+        """It happens now."""
+        self._at = self._clock()
+
+    def _samples(self) -> Iterator[str]:
+        if self._at is not None:
+            yield f"{self.name} {self._clock() - self._at:.15g}"
 
 
 class Histogram(Metric):
@@ -100,6 +142,12 @@ class Histogram(Metric):
             for each in observed:
                 row[bisect.bisect_left(self._bounds, each)] += 1
                 row[-1] += each
+
+    def load(self, rows: Mapping[str, Sequence[float]]) -> None:
+        """Takes over what was counted elsewhere: for values of the label the counts of each bucket, of what exceeds
+        them all, and the sum."""
+        with self._lock:
+            self._rows.update({value: list(row) for value, row in rows.items()})
 
     @property
     def total(self) -> float:
@@ -147,7 +195,29 @@ class WebhookMetrics(MetricSet):
                                     "Time since the first change that is not told yet, 0 without one.")  # fmt: skip
 
 
-class Metrics(WebhookMetrics):
+class ProviderMetrics(WebhookMetrics):
+    """What is counted of the requests to FastSMSing. Thread-safe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests = Counter("smsproxy_provider_requests_total", "Requests to FastSMSing, billed each.", "result",
+                                REQUEST_RESULTS)  # fmt: skip
+        self.request_duration = Histogram("smsproxy_provider_request_duration_seconds",
+                                          "Duration of requests to FastSMSing.", SHORT,
+                                          "result", REQUEST_RESULTS)  # fmt: skip
+        self.errors = KindCounter("smsproxy_provider_errors_total",
+                                  "Requests to FastSMSing that failed or were rejected, by type and number of the"
+                                  " error.", "error")  # fmt: skip
+        self.last_success = Age("smsproxy_provider_last_success_age_seconds",
+                                "Time since a request to FastSMSing last succeeded; missing before.")  # fmt: skip
+        self.in_flight = Gauge("smsproxy_provider_requests_in_flight", "Requests to FastSMSing under way.")
+        self.breaker_open = Gauge("smsproxy_circuit_breaker_open_seconds",
+                                  "Time since requests stopped, 0 while they are made.")  # fmt: skip
+        self.next_try = Gauge("smsproxy_circuit_breaker_next_try_seconds", "Time until the next request, if open.")
+        self.stand_in = Gauge("smsproxy_provider_stand_in", "1 if the provider is the stand-in, which sends nothing.")
+
+
+class Metrics(ProviderMetrics):
     """What the domain counts, all at 0 from the start. Thread-safe."""
 
     def __init__(self) -> None:
@@ -167,16 +237,15 @@ class Metrics(WebhookMetrics):
         self.lead_delay = Histogram("smsproxy_batch_lead_delay_seconds",
                                     "Linger of each batch's first message, on whose account the request is paid.",
                                     LINGERS)  # fmt: skip
-        self.requests = Counter("smsproxy_provider_requests_total", "Requests to FastSMSing, billed each.", "result",
-                                REQUEST_RESULTS)  # fmt: skip
-        self.request_duration = Histogram("smsproxy_provider_request_duration_seconds",
-                                          "Duration of requests to FastSMSing.", SHORT,
-                                          "result", REQUEST_RESULTS)  # fmt: skip
         self.handover_wait = Histogram("smsproxy_handover_wait_seconds", "Time from acceptance to the hand-over.", LONG)
         self.final_time = Histogram("smsproxy_final_status_seconds", "Time from acceptance to a final status.", LONG)
         self.reports = Counter("smsproxy_status_updates_total", "Delivery reports, by what became of them.", "result",
                                ("applied", "refused", "unknown_message", "unknown_status", "error"))  # fmt: skip
-        self.in_flight = Gauge("smsproxy_provider_requests_in_flight", "Requests to FastSMSing under way.")
+        self.last_report = Age("smsproxy_last_status_update_age_seconds",
+                               "Time since a delivery report was last applied; missing before.")  # fmt: skip
+        self.unreported = Gauge("smsproxy_messages_unreported",
+                                "Messages handed over that are not final yet, of those since the start. Instances that"
+                                " share an outbox have it as the sum only.")  # fmt: skip
         self.requests_saved = Gauge("smsproxy_requests_saved", "Messages handed over less all requests made.")
         self.pending = Gauge("smsproxy_pending_messages", "Messages accepted and not yet handed over.")
         self.pending_limit = Gauge("smsproxy_pending_messages_limit",
@@ -186,7 +255,3 @@ class Metrics(WebhookMetrics):
         self.past_due = Gauge("smsproxy_oldest_past_due_seconds",
                               "Time since the first pending message was due, 0 if none is.")  # fmt: skip
         self.database_bytes = Gauge("smsproxy_database_bytes", "Size of the database, 0 without one.")
-        self.breaker_open = Gauge("smsproxy_circuit_breaker_open_seconds",
-                                  "Time since requests stopped, 0 while they are made.")  # fmt: skip
-        self.next_try = Gauge("smsproxy_circuit_breaker_next_try_seconds", "Time until the next request, if open.")
-        self.stand_in = Gauge("smsproxy_provider_stand_in", "1 if the provider is the stand-in, which sends nothing.")

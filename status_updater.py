@@ -213,7 +213,9 @@ class StatusUpdater:
                 self._metrics.final.add(count, STATUS_OF[update].value)
         reports = sum(count for update, count in counts.items() if isinstance(update, MessageStatus))
         reports += sum(count for message_id, count in replaced.items() if message_id in applied)
-        self._metrics.reports.add(reports, "applied")
+        if reports:
+            self._metrics.reports.add(reports, "applied")
+            self._metrics.last_report.happened()
         now = self._wall_clock()
         times = [time_of(each) for each, update in applied.items() if update is not MessageStatus.CONFIRMED]
         self._metrics.final_time.observe([max(0.0, now - each) for each in times if each is not None])

@@ -633,6 +633,23 @@ def test_whatever_else_send_returns_means_that_all_were_taken(shop: MakeShop, wo
 # Giving up
 
 
+def test_errors_count_by_type_and_number_and_success_is_noted(shop: MakeShop, world: World) -> None:
+    def judge(request: Request) -> None:
+        if len(it.requests) < 4:
+            raise FastSmsingError(503) if len(it.requests) < 3 else TimeoutError("48123456789 took too long")
+        assert list(it.metrics.last_success.text()) == []
+
+    it = shop(judge, batch_size=1, max_delay=0.0)
+    it.post(1)
+    world.wait(100.0)
+    assert list(it.metrics.errors.text())[2:] == [
+        'smsproxy_provider_errors_total{error="other"} 0',
+        'smsproxy_provider_errors_total{error="FastSmsingError 503"} 2',
+        'smsproxy_provider_errors_total{error="TimeoutError"} 1',
+    ]  # fmt: skip
+    assert len(list(it.metrics.last_success.text())) == 3
+
+
 @pytest.mark.parametrize(("attempts", "requests"), [(1, 1), (3, 3), (0, 1), (-2, 1)])
 def test_a_batch_is_given_up_after_its_attempts(shop: MakeShop, world: World, attempts: int, requests: int) -> None:
     it = shop(away(0.0, 1e9), batch_size=2, max_attempts=attempts)

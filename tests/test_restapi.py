@@ -529,6 +529,7 @@ def test_every_figure_and_every_label_value_is_there_at_0_from_the_start() -> No
     codes = (200, 202, 204, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414, 417, 422, 431, 500, 501, 503, 505)
     routes = ("/", "/healthz", "/livez", "/metrics", "/openapi.json", "/sms", "/sms/<id>", "/sms/bulk", "other")
     expected = {f'http_responses_total{{route="{route}",code="{code}"}}' for route in routes for code in codes}
+    expected |= {f'http_request_duration_seconds_bucket{{route="{route}",le="0.001"}}' for route in routes}
     assert {key: found.get(key) for key in expected} == dict.fromkeys(expected, 0.0)
     assert found["pending_messages_limit"] == 1e5
     assert (found["http_connections"], found["http_connections_limit"]) == (1, 1_000)
@@ -570,7 +571,9 @@ def test_the_figures_after_a_known_run_are_right() -> None:
         'messages_final_total{status="FAILED"}': 1, 'status_updates_total{result="applied"}': 3,
         'status_updates_total{result="refused"}': 1, 'status_updates_total{result="unknown_message"}': 1,
         'status_updates_total{result="unknown_status"}': 1, 'http_responses_total{route="/sms",code="202"}': 4,
-        'http_responses_total{route="/sms",code="400"}': 1, 'http_responses_total{route="/sms/<id>",code="200"}': 1,
+        'http_responses_total{route="/sms",code="400"}': 1, 'http_request_duration_seconds_count{route="/sms"}': 5,
+        "messages_unreported": 2, 'provider_errors_total{error="FastSmsingError"}': 1,
+        'http_responses_total{route="/sms/<id>",code="200"}': 1,
     }  # fmt: skip
     assert {key: found[key] for key in expected} == expected
 

@@ -131,6 +131,13 @@ def test_updates_are_counted_by_result_and_final_statuses_by_status() -> None:
     assert [metrics.final.count(label) for label in ("DELIVERED", "FAILED")] == [2, 2]
 
 
+def test_the_last_report_is_one_that_was_applied_and_not_a_message_given_up() -> None:
+    metrics = Metrics()
+    for report, known in (({"x": "DELIVERED"}, False), ({"a": Reason.EXPIRED}, False), ({"b": "CONFIRMED"}, True)):
+        updater_of(Watched("a", "b"), report, metrics=metrics)
+        assert bool(list(metrics.last_report.text())) is known
+
+
 def test_a_report_that_a_later_one_replaces_counts_as_that_does() -> None:
     metrics = Metrics()
     reports = [{"x": "CONFIRMED", "a": "CONFIRMED"}, {"x": "DELIVERED", "a": "DELIVERED"}]
