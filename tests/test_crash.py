@@ -21,10 +21,12 @@ import pytest
 
 from helpers import Child
 from message_model import MessageStatus
-from providers import HANG
+from providers import HANG, Recorder
+from smsproxy import SendMessage, SmsProxy
 from sqlite_repository import SqliteRepository
 
 CALLERS = 8
+SALE = [SendMessage(f"48{place:09}", "Sale") for place in range(50)]  # a list
 SENDERS, BATCH = 2, 20
 WINDOW = SENDERS * BATCH  # messages that one kill may cause to be sent twice
 FLAGS = (
@@ -39,12 +41,18 @@ def start(directory: Path) -> Child:
     return Child("--db", str(directory / "sms.db"), *FLAGS, environ={"RECORDING_FILE": provider})
 
 
+def key_of(number: int) -> str:
+    """The idempotency key of a list, by which its IDs are known also when there was no response."""
+    return f"sale-{number}"
+
+
 @dataclass
 class Shop:
     """What the callers know: every ID that got a 202, and how far each was when last seen."""
 
     accepted: list[str] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
+    lists: int = 0  # that were sent, whatever became of them
     wrong: list[str] = field(default_factory=list)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -66,6 +74,23 @@ class Shop:
                 self.wrong.append(f"POST: {response.status} {document}")
             self.changed.notify_all()
 
+    def post_list(self, connection: http.client.HTTPConnection) -> None:
+        with self.changed:
+            self.lists += 1
+            number = self.lists
+        body = json.dumps({"Messages": [{"PhoneNumber": each.phone_number, "Content": each.message} for each in SALE]})
+        connection.request("POST", "/sms/bulk", body, {"Idempotency-Key": key_of(number)})
+        with connection.getresponse() as response:
+            document = json.loads(response.read())
+        with self.changed:
+            if response.status == 202:
+                ids = [each["ID"] for each in document["Messages"]]
+                self.accepted += ids
+                self.ranks.update(dict.fromkeys(ids, 0))
+            else:
+                self.wrong.append(f"POST of a list: {response.status} {document}")
+            self.changed.notify_all()
+
     def poll(self, connection: http.client.HTTPConnection, message_id: str) -> None:
         with self.changed:
             before = self.ranks[message_id]
@@ -84,7 +109,10 @@ class Shop:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HANG)
         with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
             while not self.wrong:
-                self.post(connection)
+                if rng.random() < 0.1:
+                    self.post_list(connection)
+                else:
+                    self.post(connection)
                 self.poll(connection, rng.choice(self.accepted))
 
 
@@ -105,12 +133,17 @@ def taken(directory: Path) -> Counter[str]:
     return Counter((directory / "provider.txt").read_text().split())
 
 
-def left(directory: Path, scratch: Path) -> set[str]:
-    """The IDs in the outbox of a copy of what the killed process left."""
+def left(directory: Path, scratch: Path, lists: int = 0) -> set[str]:
+    """The IDs in the outbox of a copy of what the killed process left; of so many lists all is there or nothing."""
     for suffix in ("", "-wal"):
         if (directory / f"sms.db{suffix}").exists():
             shutil.copy(directory / f"sms.db{suffix}", scratch / f"sms.db{suffix}")
     with contextlib.closing(SqliteRepository(str(scratch / "sms.db"))) as repository:
+        proxy = SmsProxy(Recorder())
+        for number in range(1, lists + 1):
+            ids = [entry.message.message_id for entry in proxy.entries(SALE, key_of(number))]
+            there = [each for each in ids if repository.get(each) is not MessageStatus.NOT_FOUND]
+            assert len(there) in (0, len(SALE)), f"a part of list {number} is stored"
         batch = repository.claim(1_000_000, 0.0, flush=True).batch
         return set(batch.ids) if batch else set()
 
@@ -127,7 +160,7 @@ def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:
             shop.wait_for(goal)
             service.end(signal.SIGKILL)
         (tmp_path / f"{number}").mkdir()
-        waiting, times = left(directory, tmp_path / f"{number}"), taken(directory)
+        waiting, times = left(directory, tmp_path / f"{number}", shop.lists), taken(directory)
         assert shop.wrong == []
         assert set(shop.accepted) - waiting - set(times) == set(), "lost"
         unknown.append(len(waiting & set(times)))  # taken, perhaps, and not marked: these are sent again
@@ -148,7 +181,8 @@ def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:
     resent = times.total() - len(times)
     assert resent <= sum(unknown)
     print(
-        f"\n{rounds} kills: {len(shop.accepted)} messages got a 202, 0 lost, 0 NOT_FOUND, no status went backwards;"
+        f"\n{rounds} kills: {len(shop.accepted)} messages got a 202, all or nothing of"
+        f" each of {shop.lists} lists, 0 lost, 0 NOT_FOUND, no status went backwards;"
         f" {len(times) - len(set(shop.accepted))} more were accepted as the process died; {resent} were sent again,"
         f" at most {max(unknown)} for one kill (the window is {SENDERS} senders x {BATCH} = {WINDOW})"
     )

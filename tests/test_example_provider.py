@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import hashlib
+import hmac
 import itertools
 import json
 import logging
@@ -24,7 +26,7 @@ import pytest
 import command_line
 import fastsmsing
 import main
-from example_provider.client import HttpClient, make_client
+from example_provider.client import HttpClient, PushedClient, make_client, make_pushed_client
 from example_provider.stand_in import CUT, HANG_UP, OK, RESET, STALL, Fault, StandIn, deck
 from fastsmsing import FastSmsingError, Message, RejectedError
 from helpers import Peer, every_thread_ends, raw, serving
@@ -442,3 +444,91 @@ def test_1000_messages_reach_a_final_status_through_a_provider_that_fails_30_per
             outcomes.setdefault(message_id, []).append(unknown or processed in client.timed_out)
     assert [message_id for message_id, times in outcomes.items() if not all(times[:-1])] == []
     assert any(len(times) > 1 for times in outcomes.values()), "the faults made no duplicate, so nothing was tested"
+
+
+# Reports that are pushed
+
+
+SECRET = b"a secret of both"
+
+
+def signature(data: bytes) -> str:
+    return hmac.new(SECRET, data, hashlib.sha256).hexdigest()
+
+
+@pytest.mark.parametrize("echoes", [True, False], ids=["IDs are echoed", "IDs are in the URL"])
+def test_pushed_reports_reach_every_message(echoes: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "smsproxy")  # reports come late and twice
+    repository = FinalsCounted(100)
+    config = SmsProxyConfig(batch_size=20, max_delay=0.0)
+    with contextlib.ExitStack() as stack:
+        listener = socket.create_server(("127.0.0.1", 0))  # for its port, which the provider has to know first
+        port = listener.getsockname()[1]
+        listener.close()
+        url = f"http://127.0.0.1:{port}/reports"
+        provider = stack.enter_context(StandIn(push_to=url, secret=SECRET))
+        client = PushedClient(provider.url, TOKEN, secret=SECRET, callback="" if echoes else url)
+        proxy = stack.enter_context(SmsProxy(client, config, repository=repository))
+        stack.enter_context(serving(proxy, receiver=client, address=("127.0.0.1", port)))
+        ids = [proxy.send(SendMessage(NUMBER, TEXT)).id for _ in range(100)]
+        assert repository.all_final.wait(HANG)
+        found = {each: proxy.get_status(each).value.lower() for each in ids}
+    assert found == {each: {"undeliverable": "failed"}.get(fate := provider.fate(each), fate) for each in ids}
+    assert (provider.cursors, all("Callback" in each for each in provider.messages.values())) == ([], not echoes)
+
+
+BODY = json.dumps({"Reports": [{"ID": "a", "Status": "sent"}, {"ID": "b"}, {"ID": "c", "Status": "odd"}]}).encode()
+ONE = b'{"Status": "delivered", "ID": "b"}'
+PUSHED: list[tuple[str, str, bytes, Any]] = [
+    ("", signature(BODY), BODY, {"a": CONFIRMED, "c": "odd"}),
+    (f"id=a&signature={signature(b'a')}", "", ONE, {"a": DELIVERED}),
+    ("", signature(BODY), BODY + b" ", PermissionError), ("", "", BODY, PermissionError),
+    ("", "\xff", BODY, PermissionError), (f"id=b&signature={signature(b'a')}", "", ONE, PermissionError),
+    ("id=a", signature(ONE), ONE, PermissionError), (f"id=a&signature={signature(b'a')}", "", b"{}", ValueError),
+    *[("", signature(body), body, ValueError) for body in (b"", b"[]", b"{}", b'{"Reports": 1}', b'{"Reports": [1]}')],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("query", "signed", "body", "outcome"), PUSHED)
+def test_what_is_pushed_is_taken_only_with_the_signature_of_the_provider_or_our_own(
+    query: str, signed: str, body: bytes, outcome: Any
+) -> None:
+    with StandIn() as provider, contextlib.closing(AppliedAtOnce()) as updates:
+        client = PushedClient(provider.url, TOKEN, secret=SECRET)
+        client.subscribe(updates.queue)
+        if isinstance(outcome, dict):
+            client.receive(query, {"x-signature": signed}, body)
+        else:
+            with pytest.raises(outcome):
+                client.receive(query, {"x-signature": signed}, body)
+        client.stop()
+    assert updates.taken == ([outcome] if isinstance(outcome, dict) else [])
+
+
+class AppliedAtOnce:
+    """A subscriber that applies what it gets, until it gets None."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Any] = queue.Queue()
+        self.taken: list[Any] = []
+        self._thread = threading.Thread(target=self._take)
+        self._thread.start()
+
+    def _take(self) -> None:
+        while (update := self.queue.get()) is not None:
+            self.taken.append(update)
+            self.queue.task_done()
+
+    def close(self) -> None:
+        self._thread.join(HANG)
+
+
+def test_the_client_for_pushed_reports_needs_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTSMSING_URL", "http://127.0.0.1:1")
+    with pytest.raises(ValueError, match="FASTSMSING_SECRET is not set"):
+        make_pushed_client()
+    monkeypatch.setenv("FASTSMSING_SECRET", "x")
+    client = make_pushed_client()
+    client.stop()
+    assert isinstance(client, fastsmsing.ReportReceiver)
+    assert not isinstance(make_client(), fastsmsing.ReportReceiver)

@@ -298,6 +298,13 @@ def test_what_was_not_handed_over_is_counted_also_while_the_database_is_away_or_
     assert "stopped; 1 message could not be handed over" in child.log
 
 
+@pytest.mark.parametrize(("client", "status"), [("providers:Receiver", 204), ("providers:Recorder", 404)])
+def test_a_client_that_takes_pushed_reports_is_given_them(client: str, status: int) -> None:
+    with Child("--client", client) as service:
+        assert request(service, "POST", "/reports", b"x")[0] == status
+        assert service.end() == 0
+
+
 def test_a_signal_while_the_database_hangs_at_the_start_ends_it_quietly() -> None:
     with Child("--db", "postgresql://hanging-start", "--client", "postgres_double:Late") as child:
         child.wait_for("the database hangs")

@@ -9,11 +9,23 @@ The provider it talks to wants `Authorization: Bearer <token>` and offers
         200 {"Reports": [{"ID": "...", "Status": "sent"}, ...], "Next": "<cursor>"}, oldest first; reports are
         kept until a later cursor acknowledges them, so an empty one also brings what an earlier process missed
 
-Delivery reports are polled for, which needs no port that the provider can reach.
+Delivery reports are polled for, which needs no port that the provider can reach. Or they are pushed, to the service's
+own `POST /reports`: then the client is a `PushedClient`, and the provider has to reach that path, by the reverse proxy
+perhaps. It signs what it pushes with a secret that both know:
+
+    POST <your URL>/reports  {"Reports": [{"ID": "...", "Status": "sent"}, ...]}
+        X-Signature: <hexadecimal HMAC-SHA256 of the body>
+
+A provider that does not echo the ID of a message is given it in the URL that it is to call, with a signature of ours:
+
+    POST /messages  {"Messages": [{..., "Callback": "<your URL>/reports?id=<ID>&signature=<HMAC of the ID>"}, ...]}
+    POST <your URL>/reports?id=<ID>&signature=<HMAC of the ID>  {"Status": "sent"}
 """
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import http.client
 import json
 import logging
@@ -26,11 +38,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 from fastsmsing import FastSmsingError, Message, MessageStatus, RejectedError
 
-__all__ = ["HttpClient", "make_client"]
+__all__ = ["HttpClient", "PushedClient", "make_client", "make_pushed_client"]
 
 log = logging.getLogger("smsproxy.provider")
 
@@ -82,8 +94,7 @@ class HttpClient:
         Returns the messages that the provider refuses, if its answer can be read: the status says that it took the
         batch, so an answer that cannot be read is no reason to send it again.
         """
-        batch = [{"ID": each.message_id, "To": each.phone_number, "Text": each.message} for each in messages]
-        payload = self._exchange("POST", "/messages", {"Messages": batch})
+        payload = self._exchange("POST", "/messages", {"Messages": [self._described(each) for each in messages]})
         with contextlib.suppress(ValueError, AttributeError, RecursionError):
             refused = json.loads(payload).get("Refused")
             return refused if isinstance(refused, dict) else None
@@ -119,6 +130,9 @@ class HttpClient:
             self._poller.join()  # before the None, so that it really is the last
         for updates in subscribers:
             updates.put(None)
+
+    def _described(self, message: Message) -> dict[str, str]:
+        return {"ID": message.message_id, "To": message.phone_number, "Text": message.message}
 
     # Requests
 
@@ -228,6 +242,60 @@ class HttpClient:
                     updates.all_tasks_done.wait()
 
 
+class PushedClient(HttpClient):
+    """The same with delivery reports that are pushed. `secret` is what they are signed with.
+
+    With `callback`, the URL at which the provider reaches `/reports`, each message tells it where to report on that
+    message: that is for a provider that does not echo our IDs.
+    """
+
+    def __init__(self, url: str, token: str = "", *, secret: bytes, callback: str = "", **times: Any) -> None:
+        super().__init__(url, token, **times)
+        self._secret, self._callback = secret, callback
+
+    def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
+        """Polls for nothing; after `stop` a subscriber only gets the closing `None`."""
+        with self._lock:
+            self._subscribers.append(updates)
+            stopped = self._stopped.is_set()
+        if stopped:
+            updates.put(None)
+
+    def receive(self, query: str, headers: Mapping[str, str], body: bytes) -> None:
+        """Returns when the reports are applied, and so on disk if the outbox is: the provider then forgets them."""
+        ours = parse_qs(query)
+        message_id = ours.get("id", [""])[0]
+        if message_id:
+            self._verify(message_id.encode(), ours.get("signature", [""])[0])
+        else:
+            self._verify(body, headers.get("x-signature", ""))
+        try:
+            document = json.loads(body)
+            reports = [{"ID": message_id, "Status": document["Status"]}] if message_id else document["Reports"]
+            good = [report for report in reports if _readable_report(report)]
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError("not a report") from error
+        if reports and not good:
+            raise ValueError("no report that can be read")
+        self._publish(good)
+        self._wait_until_applied()
+
+    def _described(self, message: Message) -> dict[str, str]:
+        described = super()._described(message)
+        if self._callback:
+            signed = {"id": message.message_id, "signature": self._signature(message.message_id.encode())}
+            described["Callback"] = f"{self._callback}?{urlencode(signed)}"
+        return described
+
+    def _signature(self, data: bytes) -> str:
+        return hmac.new(self._secret, data, hashlib.sha256).hexdigest()
+
+    def _verify(self, data: bytes, signature: str) -> None:
+        """In constant time, so that nobody learns from the time how much of a guess is right."""
+        if not hmac.compare_digest(self._signature(data).encode(), signature.encode("utf-8", "replace")):
+            raise PermissionError("not the provider's signature")
+
+
 class _Repeated:
     """Logs an error that repeats when it begins, once a minute with its count, and when it is over. For one thread."""
 
@@ -290,9 +358,24 @@ def _seconds(retry_after: str | None) -> float:
 
 def make_client() -> HttpClient:
     """The client as the environment describes it: FASTSMSING_URL, FASTSMSING_TOKEN and, in seconds, the times."""
+    return HttpClient(*_address(), **_times_given())
+
+
+def make_pushed_client() -> PushedClient:
+    """The same with FASTSMSING_SECRET, which signs what is pushed, and perhaps FASTSMSING_CALLBACK, a URL."""
+    secret, callback = os.environ.get("FASTSMSING_SECRET", ""), os.environ.get("FASTSMSING_CALLBACK", "")
+    if not secret:
+        raise ValueError("FASTSMSING_SECRET is not set")  # anybody could sign
+    return PushedClient(*_address(), secret=secret.encode(), callback=callback, **_times_given())
+
+
+def _address() -> tuple[str, str]:
     if not os.environ.get("FASTSMSING_URL"):
         raise ValueError("FASTSMSING_URL is not set")
+    return os.environ["FASTSMSING_URL"], os.environ.get("FASTSMSING_TOKEN", "")
+
+
+def _times_given() -> dict[str, Any]:
     times = ("connect_timeout", "read_timeout", "poll_interval")
     values = {name: os.environ.get(f"FASTSMSING_{name.upper()}") for name in times}
-    given: dict[str, Any] = {name: float(value) for name, value in values.items() if value}
-    return HttpClient(os.environ["FASTSMSING_URL"], os.environ.get("FASTSMSING_TOKEN", ""), **given)
+    return {name: float(value) for name, value in values.items() if value}

@@ -1,13 +1,18 @@
 """A stand-in for the provider's HTTP API that misbehaves on demand and remembers what it processed.
 
 What each request gets is read from an iterator of `Fault`s; once it is over every batch is taken. Run
-as a program it serves until it is interrupted, with 30 % of the requests failing:
+as a program it serves until it is interrupted, with 30 % of the requests failing; with a URL and a secret it pushes
+signed delivery reports there, and otherwise it is asked for them:
 
     python tests/example_provider/stand_in.py 9090
+    python tests/example_provider/stand_in.py 9090 http://127.0.0.1:8080/reports the-secret
 """
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
+import http.client
 import itertools
 import json
 import os
@@ -73,7 +78,8 @@ class StandIn(ThreadingHTTPServer):
 
     A message whose number starts with 00 is refused by name; any other number that starts with 0 makes it reject the
     whole batch. Delivery reports come in random order, and one in ten comes twice. `latency` is the longest time in
-    seconds that an answer takes.
+    seconds that an answer takes. With `push_to`, a URL, it pushes reports there, signed with `secret`, until they are
+    taken; those on a message with a URL of its own go to that one, without the ID.
     """
 
     request_queue_size = 128
@@ -87,6 +93,8 @@ class StandIn(ThreadingHTTPServer):
         seed: int = 0,
         latency: float = 0.0,
         port: int = 0,
+        push_to: str = "",
+        secret: bytes = b"",
     ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
@@ -108,13 +116,20 @@ class StandIn(ThreadingHTTPServer):
         self._sockets: set[socket.socket] = set()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), name="provider stand-in")
+        self.pushed: list[int] = []  # the status of each push
+        self._push_to, self._secret = push_to, secret
+        self._pusher = threading.Thread(target=self._push_all, name="provider stand-in's pushes")
 
     def __enter__(self) -> StandIn:
         self._thread.start()
+        self._pusher.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._pusher.join(HANG)
         self.shutdown()
         self._thread.join(HANG)
         with self._changed:
@@ -134,6 +149,7 @@ class StandIn(ThreadingHTTPServer):
         """Adds reports, message ID and status, in this order."""
         with self._changed:
             self._reports += [{"ID": message_id, "Status": status} for message_id, status in reports]
+            self._changed.notify_all()
 
     def fate(self, message_id: str) -> str:
         """How the message ends: one in twenty is undeliverable."""
@@ -184,6 +200,41 @@ class StandIn(ThreadingHTTPServer):
             with self._changed:
                 seconds = self._rng.uniform(0.0, self._latency)
             self._stopping.wait(seconds)
+
+    # Pushing
+
+    def _push_all(self) -> None:
+        done = 0
+        while self._push_to:
+            with self._changed:
+                while len(self._reports) <= done and not self._stopping.is_set():
+                    self._changed.wait()
+                reports = self._reports[done : done + PAGE]
+                own = {each["ID"]: self.messages.get(each["ID"], {}).get("Callback", "") for each in reports}
+            if self._stopping.is_set():
+                return
+            done += len(reports)
+            self._push(self._push_to, {"Reports": [each for each in reports if not own[each["ID"]]]})
+            for report in reports:
+                if own[report["ID"]]:
+                    self._push(own[report["ID"]], {"Status": report["Status"]})
+
+    def _push(self, url: str, document: Mapping[str, Any]) -> None:
+        """Repeats it until it is taken, or refused for good."""
+        parts, body = urlsplit(url), json.dumps(document).encode()
+        headers = {"X-Signature": hmac.new(self._secret, body, hashlib.sha256).hexdigest()}
+        while document.get("Reports") != [] and not self._stopping.is_set():
+            connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=HANG)
+            status = 0
+            with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+                connection.request("POST", f"{parts.path}?{parts.query}", body, headers)
+                status = connection.getresponse().status
+            with self._changed:
+                self.pushed.append(status)
+                self._changed.notify_all()
+            if 200 <= status < 500 and status:
+                return
+            self._stopping.wait(0.05)
 
     # Connections
 
@@ -252,7 +303,11 @@ class Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     endless = deck(random.Random())
-    with StandIn(endless, poll_faults=deck(random.Random()), port=int(sys.argv[1]), latency=0.2) as stand_in:
+    port, push_to, secret = (*sys.argv[1:], "", "")[:3]
+    stand_in = StandIn(
+        endless, poll_faults=deck(random.Random()), port=int(port), latency=0.2, push_to=push_to, secret=secret.encode()
+    )
+    with stand_in:
         print(f"the provider's stand-in listens on {stand_in.url}", flush=True)
         try:
             threading.Event().wait()
