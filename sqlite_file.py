@@ -58,6 +58,11 @@ MIGRATIONS = (
         phone_number TEXT NOT NULL,
         content TEXT NOT NULL
     );
+    CREATE TABLE webhook (  -- one row as soon as there was a webhook
+        changed_at REAL NOT NULL,  -- this and `id` are a message's: what changed up to it is told, or in `body`
+        id TEXT NOT NULL,
+        body TEXT  -- what is being told
+    );
     INSERT INTO message SELECT id, status, NULL, CASE WHEN phone_number IS NULL THEN
         coalesce(final_at, accepted_at) END, CASE WHEN phone_number IS NOT NULL THEN seq END, fingerprint
         FROM message1 ORDER BY id;
@@ -278,6 +283,6 @@ def _version(path: str, db: sqlite3.Connection) -> int:
         raise RepositoryUnavailableError(f"{path}: the database belongs to something else")
     if version > VERSION:
         raise RepositoryUnavailableError(f"{path}: schema version {version} is newer than this program")
-    if version == 2 and not any(row[1] == "due" for row in db.execute("PRAGMA table_info(outbox)")):
+    if version == 2 and not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'webhook'").fetchone():
         raise RepositoryUnavailableError(f"{path}: a development version of 0.2.0 made the database; move it away")
     return version

@@ -24,6 +24,7 @@ from message_model import (
     SmsProxyError,
     UnknownMessageError,
 )
+from sqlite_changes import SqliteChanges
 from sqlite_file import SqliteFile, check_file, opening
 from sqlite_tables import FIRST, FIRST_EXPIRY, EpochClock, Tables, entries_at, storable
 
@@ -150,6 +151,10 @@ class SqliteRepository(Repository):
             accepted_at, due = db.execute(FIRST).fetchone()
         now = self._clock.now()
         return Ages() if due is None else Ages(max(0.0, now - accepted_at), max(0.0, now - due))
+
+    def changes(self) -> SqliteChanges:
+        """See `Repository`. Nothing more is written for a change with it than without."""
+        return SqliteChanges(self._file, self._commits, self._tables, self._clock, self._retention)
 
     def size(self) -> int:
         """See `Repository`."""

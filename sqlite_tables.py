@@ -74,15 +74,16 @@ FIRST = """
 """
 LAST_TIME = """
     SELECT max(coalesce((SELECT accepted_at FROM outbox ORDER BY place DESC LIMIT 1), 0),
-    coalesce((SELECT max(changed_at) FROM message WHERE changed_at IS NOT NULL), 0))
-"""
+    coalesce((SELECT max(changed_at) FROM message WHERE changed_at IS NOT NULL), 0),
+    coalesce((SELECT changed_at + 0.001 FROM webhook), 0))
+"""  # what changes from now on comes after the webhook's cursor
 
 
 class EpochClock:
     """A process's monotonic clock, and what turns it into seconds since 1970, which is what the file holds."""
 
     def __init__(self, db: sqlite3.Connection, clock: Callable[[], float], wall_clock: Callable[[], float]) -> None:
-        self.monotonic = clock
+        self.monotonic, self.wall = clock, wall_clock
         # Time goes on where the file left it when the wall clock was set back meanwhile: otherwise its messages would
         # wait until they are as old as the clock thinks.
         self.epoch: float = max(wall_clock(), db.execute(LAST_TIME).fetchone()[0]) - clock()
@@ -118,8 +119,16 @@ class Tables:
 
     def status(self, db: sqlite3.Connection, message_id: str) -> tuple[MessageStatus, Reason | None]:
         """Status and reason by any connection, `NOT_FOUND` when unknown."""
-        row = db.execute(STATUS, (message_id, self._forgotten())).fetchone() if storable(message_id) else None
+        row = db.execute(STATUS, (message_id, self.forgotten())).fetchone() if storable(message_id) else None
         return (MessageStatus(row[0]), Reason(row[1]) if row[1] else None) if row else (MessageStatus.NOT_FOUND, None)
+
+    def changed_at(self) -> float:
+        """The time of a change that is made now: the end of its slice. Never less than at an earlier call."""
+        return math.ceil(self._clock.now() / self._slice) * self._slice
+
+    def forgotten(self) -> float:
+        """What changed at this time or before is forgotten."""
+        return self._clock.now() - self._retention if self._retention else -math.inf
 
     # Transactions
 
@@ -173,10 +182,10 @@ class Tables:
         for update in dict.fromkeys(update for _, update in items):
             status, reason = STATUS_OF[update], update.value if isinstance(update, Reason) else None
             ids = [message_id for message_id, each in items if each is update]
-            found = _execute(self._db, NOTABLE[status], _rows(ids), last=(self._forgotten(),))
+            found = _execute(self._db, NOTABLE[status], _rows(ids), last=(self.forgotten(),))
             refused.update((message_id, current) for message_id, _, current, forbids in found if forbids)
             rows = _rows(each for each in ids if each not in refused)
-            _execute(self._db, UPDATE_MESSAGES, rows, first=(status.value, reason, self._changed_at()))
+            _execute(self._db, UPDATE_MESSAGES, rows, first=(status.value, reason, self.changed_at()))
             self._leave_outbox(LEAVE_OUTBOX, [(row[1],) for row in found if not row[3]], [row[1] for row in found])
         return [_refusal(*item, refused[item[0]]) if item[0] in refused else None for item in items]
 
@@ -184,7 +193,7 @@ class Tables:
         """`Repository.handed_over`."""
         rows = _rows(entry.message.message_id for entry in entries)
         if self._leave_outbox(LEAVE_OUTBOX_BY_ID, rows, [entry.place for entry in entries]):
-            _execute(self._db, HANDED_OVER, rows, first=(self._changed_at(),))
+            _execute(self._db, HANDED_OVER, rows, first=(self.changed_at(),))
         return [None] * len(entries)
 
     def cancel(self, ids: Sequence[str]) -> list[bool]:
@@ -213,7 +222,7 @@ class Tables:
 
     def forget(self, items: Sequence[None]) -> list[float]:
         """`Repository.forget`."""
-        limit = self._forgotten()
+        limit = self.forgotten()
         self._db.execute(FORGET, (limit, FORGET_STEP))
         first = self._db.execute(FIRST_CHANGE).fetchone()[0]
         return [self._retention if first is None else min(self._retention, max(0.0, first - limit))]
@@ -231,7 +240,7 @@ class Tables:
     def _known(self, entries: Sequence[Entry]) -> dict[str, bytes | None]:
         """The fingerprints of those of the messages that are stored already, by ID."""
         ids = _rows(entry.message.message_id for entry in entries)
-        return dict(_execute(self._db, FINGERPRINTS, ids, last=(self._forgotten(),)))
+        return dict(_execute(self._db, FINGERPRINTS, ids, last=(self.forgotten(),)))
 
     def _insert_whole(self, max_pending: int | None, entries: Sequence[Entry]) -> Exception | None:
         if len(entries) <= self._room(max_pending) and self._insert(entries):
@@ -257,7 +266,7 @@ class Tables:
                            message.phone_number, message.message))  # fmt: skip
             saved.append((due, place))
         before = self._db.total_changes
-        _execute(self._db, INSERT_MESSAGES, messages, last=(self._forgotten(),))
+        _execute(self._db, INSERT_MESSAGES, messages, last=(self.forgotten(),))
         if self._db.total_changes - before < len(messages):
             _execute(self._db, UNDO_MESSAGES, _rows(row[0] for row in messages), last=(self._last_place,))
             return False
@@ -281,12 +290,6 @@ class Tables:
         self._change.reserved.append(int(key[1]))
         return True
 
-    def _changed_at(self) -> float:
-        return math.ceil(self._clock.now() / self._slice) * self._slice
-
-    def _forgotten(self) -> float:
-        """What changed at this time or before is forgotten."""
-        return self._clock.now() - self._retention if self._retention else -math.inf
 
 
 def entries_at(db: sqlite3.Connection, keys: Iterable[Key], clock: EpochClock) -> list[Entry]:

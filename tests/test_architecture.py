@@ -68,7 +68,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "worker_threads": ("incident_log", "message_model"),
     # repositories
     "sqlite_repository": (
-        "base_repository", "group_commit", "incident_log", "message_model", "sqlite_file", "sqlite_tables",
+        "base_repository", "group_commit", "incident_log", "message_model", "sqlite_changes", "sqlite_file",
+        "sqlite_tables",
+    ),
+    "sqlite_changes": (
+        "batch_outbox", "change_outbox", "group_commit", "message_model", "sqlite_file", "sqlite_tables",
     ),
     "sqlite_tables": ("base_repository", "fastsmsing", "message_model", "sqlite_claims", "sqlite_file"),
     "sqlite_claims": ("base_repository", "message_model"),
