@@ -18,6 +18,7 @@ from fastsmsing import Message
 from message_model import (
     Batch,
     DuplicateMessageError,
+    Entry,
     MessageStatus,
     OverloadedError,
     Reason,
@@ -123,6 +124,26 @@ def test_the_same_id_at_two_repositories_at_once_is_saved_once(make: Make) -> No
     pairs = [{type(one), type(other)} for one, other in zip(*both, strict=True)]
     assert all(pair == {type(None), DuplicateMessageError} for pair in pairs)
     assert repositories[0].backlog() == 50
+
+
+@pytest.mark.parametrize("turn", range(3))
+def test_of_two_lists_under_one_key_at_two_repositories_at_once_nothing_of_the_loser_is_saved(
+    make: Make, turn: int
+) -> None:
+    short, long = ([entry(f"{number}", fingerprint=bytes([most])) for number in range(most)] for most in (100, 250))
+    repositories, barrier = [make(), make()], threading.Barrier(2)
+
+    def save(repository: PostgresRepository, entries: list[Entry]) -> Exception | None:
+        barrier.wait(HANG)
+        return repository.save_together(entries)
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(save, repositories, (short, long)))
+    winner = errors.index(None)
+    error = errors[1 - winner]
+    assert isinstance(error, DuplicateMessageError)
+    assert (error.message_id, error.fingerprint) == ("0", (short, long)[winner][0].fingerprint)
+    assert len(claim(make(), 1_000)) == len((short, long)[winner])
 
 
 def test_messages_leave_in_order_of_acceptance_and_batches_are_full(make: Make) -> None:
@@ -476,7 +497,11 @@ def test_a_lost_answer_to_a_commit_does_no_harm(
     repository.handed_over(batch)
     assert repository.update_all({"c": MessageStatus.CONFIRMED}) == {}
     assert repository.backlog() == 2
-    assert len(cut) > 4
+    assert repository.save_together([entry("e"), entry("f")]) is None
+    error = repository.save_together([entry("g"), entry("f")])
+    assert isinstance(error, DuplicateMessageError)
+    assert (error.message_id, repository.get("g")) == ("f", MessageStatus.NOT_FOUND)
+    assert len(cut) > 5
 
 
 def again(change: Callable[[], Any]) -> Any:
