@@ -29,8 +29,8 @@ takes everything else. Three rules keep them from looking like an outage, howeve
 
 1. A batch that fails again, although FastSMSing has answered another request since it failed last, says nothing about
    FastSMSing. It does not open the breaker; it only waits for a backoff of its own.
-2. A batch that fails twice in a row says nothing new about FastSMSing, so the breaker's backoff doubles only when
-   another batch fails. If one bad batch is all that there was, the next one waits for the shortest backoff.
+2. As long as one batch alone fails again and again, that says nothing new about FastSMSing, and the breaker's backoff
+   does not double: the next batch that comes waits for the shortest backoff. Once another fails, too, it is an outage.
 3. When both a batch from the outbox and one that failed before could go, they take turns, and of those that
    failed before the one with the fewest tries goes first. So among the next two requests is one with another batch.
 
@@ -134,8 +134,8 @@ class CircuitBreaker:
         self.asked_until = 0.0  # before that FastSMSing wants no request
         self.answered_at = -math.inf  # when FastSMSing last answered a request
         self.longest_backoff = math.inf
-        self._failures = 0  # in a row, of the first and the probes; those of one batch after another count once
-        self._last_failed: object = None
+        self._failures = 0  # in a row: the first and the probes; while one batch alone failed, it counts once
+        self._alone: object = None  # that batch
         self._probe: object = None
         self._probe_since = 0.0
 
@@ -161,12 +161,14 @@ class CircuitBreaker:
         self.asked_until = max(self.asked_until, now + retry_after)
         opened = not self.open
         if opened:
-            self.opened_at, self.requests, self._failures, self._probe = now, 0, 0, None
+            self.opened_at, self.requests = now, 0
         self.requests += 1
         if opened or request is self._probe:
-            self._failures += opened or request is not self._last_failed
-            self._last_failed, self._probe = request, None
-            self.next_try = now + self.backoff(self._failures)
+            if opened:
+                self._failures, self._alone = 1, request
+            elif request is not self._alone:
+                self._failures, self._alone = self._failures + 1, None
+            self._probe, self.next_try = None, now + self.backoff(self._failures)
         self.next_try = max(self.next_try, self.asked_until)  # also for one that started before it opened
         return opened
 
