@@ -14,7 +14,7 @@ from typing import Any
 
 from http_exchange import Exchange, Front
 from http_protocol import HttpError
-from request_decoding import NAMES, SLICE, decode_list, idempotency_key, message_of
+from request_decoding import NAMES, decode_list, idempotency_key, message_of
 from request_groups import Group
 from smsproxy import Entry, SendMessage, SmsProxy, ValidationError
 
@@ -23,6 +23,7 @@ __all__ = ["BulkRequests"]
 WAITING = 64  # lists that wait for their turn; large ones share the memory for large bodies, too
 LANES = 2  # lists that a blocking repository stores at a time; single messages go in between
 ERRORS = 100  # that a response names
+SLICE = 50  # messages that are checked at a time, which takes a fraction of a millisecond
 
 
 class BulkRequests:

@@ -14,7 +14,7 @@ from typing import Any
 from http_protocol import HttpError
 from smsproxy import LONGEST_LIST, SendMessage
 
-__all__ = ["NAMES", "SLICE", "decode", "decode_list", "idempotency_key", "message_of"]
+__all__ = ["NAMES", "decode", "decode_list", "idempotency_key", "message_of"]
 
 # The domain's names and ours.
 FIELDS = {"phone_number": "PhoneNumber", "message": "Content", "max_delay": "MaxDelay", "max_age": "MaxAge"}
@@ -25,7 +25,9 @@ SPACE = " \t\n\r"  # RFC 8259, 2
 LONGEST_FORM_NAME = 1_000  # characters
 IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 LIST = "messages"
-SLICE = 50  # messages of a list that are decoded or checked at a time: a fraction of a millisecond
+STEP = 8 * 1024  # characters of a list that are decoded at a time: some fifty messages, a fraction of a millisecond
+PIECE = 64 * 1024  # characters of the longest value in a list, a message for example
+LONGEST_ESCAPE = 12  # characters: of a pair of surrogates; the words of JSON are shorter
 NO_DEFAULTS: Mapping[str, Any] = {}
 SPACES = re.compile(r"[ \t\n\r]*")  # RFC 8259, 2
 QUOTED = 50  # characters of a client's field name that an error quotes
@@ -76,7 +78,7 @@ def message_of(doc: Any, defaults: Mapping[str, Any]) -> SendMessage:
 
 def decode_list(body: bytes) -> Iterator[tuple[Mapping[str, Any], Sequence[Any]]]:
     """The defaults and the messages of a request with a list, for `message_of`: as many as have been decoded, after
-    each `SLICE` of them, and at the end all. Raises `HttpError`.
+    each step that takes a fraction of a millisecond, and at the end all. Raises `HttpError`.
 
     The text is read by the value: what is behind an error, or more than may be in a list, costs nothing.
     """
@@ -94,12 +96,13 @@ def decode_list(body: bytes) -> Iterator[tuple[Mapping[str, Any], Sequence[Any]]
             elif reader.symbol() != "[":
                 raise HttpError(HTTPStatus.BAD_REQUEST, "Messages must be an array")
             else:
-                items = []
+                items, begun = [], reader.at
                 for _ in reader.inside("[", "]"):
                     if len(items) == LONGEST_LIST:
                         raise HttpError(HTTPStatus.BAD_REQUEST, f"Messages must have at most {LONGEST_LIST:,} messages")
                     items.append(reader.value())
-                    if len(items) % SLICE == 0:
+                    if reader.at - begun >= STEP:
+                        begun = reader.at
                         yield found, items
         reader.end()
     except (ValueError, RecursionError) as error:
@@ -121,30 +124,49 @@ class _Reader:
     """Reads a JSON text value by value. Raises what the decoder raises."""
 
     def __init__(self, text: str) -> None:
-        self._text, self._at = text, 0
+        self._text, self.at = text, 0
+        self._begin, self._piece = 0, text[:PIECE]
 
     def symbol(self) -> str:
         """The next character behind white space; it is not taken."""
-        space = SPACES.match(self._text, self._at)
-        self._at = space.end() if space else self._at
-        return self._text[self._at : self._at + 1]
+        space = SPACES.match(self._text, self.at)
+        self.at = space.end() if space else self.at
+        return self._text[self.at : self.at + 1]
 
     def take(self, expected: str) -> None:
         """Takes this character."""
         if self.symbol() != expected:
-            raise json.JSONDecodeError(f"Expecting '{expected}'", self._text, self._at)
-        self._at += 1
+            raise json.JSONDecodeError(f"Expecting '{expected}'", self._text, self.at)
+        self.at += 1
 
     def value(self) -> Any:
-        """Takes a value."""
+        """Takes a value. It is decoded from a piece of the text, so that no value takes more than some milliseconds."""
         self.symbol()
-        value, self._at = _decode(self._text, self._at)
+        try:
+            return self._value_in_piece()
+        except ValueError:  # perhaps the end of the piece is in the value
+            self._begin, self._piece = self.at, self._text[self.at : self.at + PIECE]
+            return self._value_in_piece()
+
+    def _value_in_piece(self) -> Any:
+        begin, size = self._begin, len(self._piece)
+        more = begin + size < len(self._text)
+        try:
+            value, end = _decode(self._piece, self.at - begin)
+        except json.JSONDecodeError as error:
+            # An error so near to the end, or a string without an end, may be none in the whole text.
+            if more and (error.pos > size - LONGEST_ESCAPE or error.msg.startswith("Unterminated")):
+                raise json.JSONDecodeError(f"No end within {PIECE:,} characters", self._text, self.at) from None
+            raise json.JSONDecodeError(error.msg, self._text, begin + error.pos) from None
+        if more and end == size:  # a number may go on
+            raise json.JSONDecodeError(f"No end within {PIECE:,} characters", self._text, self.at)
+        self.at = begin + end
         return value
 
     def name(self) -> str:
         """Takes the name of a member with its colon."""
         if self.symbol() != '"':
-            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", self._text, self._at)
+            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", self._text, self.at)
         name: str = self.value()
         self.take(":")
         return name
@@ -163,7 +185,7 @@ class _Reader:
     def end(self) -> None:
         """Nothing but white space may be left."""
         if self.symbol():
-            raise json.JSONDecodeError("Extra data", self._text, self._at)
+            raise json.JSONDecodeError("Extra data", self._text, self.at)
 
 
 def _refusal(body: bytes, error: Exception) -> HttpError:

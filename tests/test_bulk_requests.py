@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import bulk_requests
+import request_decoding
 from helpers import Clock
 from http_doubles import DrivenFront, Peer, req
-from http_protocol import Limits
+from http_protocol import HttpError, Limits
 from message_model import MessageStatus
 from providers import Recorder
 from restapi import RestApi
@@ -105,6 +106,24 @@ REFUSED: dict[str, tuple[object, str]] = {
 def test_what_is_no_list_is_refused_with_its_reason(it: Service, document: object, error: str) -> None:
     status, found = it.ask(document)
     assert (status, list(found), error in found["Error"]) == (400, ["Error"], True), found
+
+
+def test_a_list_means_the_same_wherever_its_text_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = r"""{"MaxDelay": 1234, "Messages": [{"PhoneNumber": "48", "Content": "a\ud83d\udce6\"b"},
+        [true, null, -1.5e3], {}, "x\\", 12], "Content": "z"}"""
+    [*_, expected] = request_decoding.decode_list(text.encode())
+    for size in range(60, len(text) + 2):
+        monkeypatch.setattr(request_decoding, "PIECE", size)
+        assert [*request_decoding.decode_list(text.encode())][-1] == expected, size
+        with pytest.raises(HttpError, match="Expecting value at line 2, column 31"):
+            list(request_decoding.decode_list(text.replace("{}", "?}").encode()))
+
+
+@pytest.mark.parametrize("value", ["[" + "1," * 500_000 + "1]", '"' + "x" * 1_000_000 + '"', "1" * 1_000_000])
+def test_a_value_that_takes_long_to_decode_is_refused_before_it_does(it: Service, value: str) -> None:
+    for text in (f'{{"Messages": [{value}]}}', f'{{"MaxDelay": {value}, "Messages": []}}'):
+        status, found = it.ask(text.encode())
+        assert (status, "No end within 65,536 characters" in found["Error"]) == (400, True), found
 
 
 def test_what_is_behind_an_unknown_field_is_never_looked_at(it: Service) -> None:
