@@ -63,8 +63,8 @@ def test_the_policy_lets_only_the_script_and_the_style_of_the_page_run() -> None
     }  # fmt: skip
 
 
-def test_the_page_is_one_file_of_at_most_350_lines_that_loads_nothing_else() -> None:
-    assert len(PAGE.splitlines()) <= 350
+def test_the_page_is_one_file_of_at_most_380_lines_that_loads_nothing_else() -> None:
+    assert len(PAGE.splitlines()) <= 380
     addresses = re.findall("https?://[^/]*", PAGE)
     assert set(addresses) == {"http://www.w3.org"}  # in names of XML, which are never fetched
 
@@ -154,8 +154,8 @@ def test_a_message_given_up_shows_the_reason(open_page: OpenPage) -> None:
         tab.wait_text("test-status", "FAILED")
         assert tab.text("test-meaning") == "given up: rejected"
         tab.wait_exact("failed", "1")
-        reasons = "0 reported, 1 rejected, 0 attempts, 0 expired, 0 cancelled"
-        assert tab.text("reasons").replace("\xa0", " ") == reasons
+        assert (tab.text("reasons"), tab.text("failed-share")) == ("1\xa0rejected", "100.0 % of what is final")
+        assert (tab.evaluate("failed.className"), tab.text("rejected")) == ("error", "1 (100.0 %)")
 
 
 def test_an_error_of_the_service_is_shown_as_it_is(open_page: OpenPage) -> None:
@@ -168,7 +168,7 @@ def test_an_error_of_the_service_is_shown_as_it_is(open_page: OpenPage) -> None:
         assert not tab.shows("followed")
 
 
-def test_an_outage_of_the_provider_is_a_warning_and_an_open_breaker_with_its_next_try(open_page: OpenPage) -> None:
+def test_in_an_outage_what_is_wrong_and_what_waits_take_the_place_of_what_is_saved(open_page: OpenPage) -> None:
     proxy = SmsProxy(Scripted(FastSmsingError("down", retry_after=600.0)), AT_ONCE)
     proxy.start()
     with serving(proxy) as server:
@@ -176,9 +176,15 @@ def test_an_outage_of_the_provider_is_a_warning_and_an_open_breaker_with_its_nex
         tab = open_page(server)
         tab.wait_text("state", "Warning")
         tab.wait_text("breaker", "Open")
-        assert tab.text("notices").startswith("FastSMSing has been failing for")
+        assert (tab.text("notices"), tab.shows("saved")) == ("", False)
+        assert (tab.text("wrong"), tab.text("waits"), tab.text("waiting")) == (
+            "FastSMSing is failing", "1", "message waiting",
+        )  # fmt: skip
+        assert re.fullmatch(r"\d\d:\d\d:\d\d, for [\d.]+ m?s", tab.text("since"))
+        assert (tab.text("success"), tab.text("kinds")) == ("none yet", "1 × FastSmsingError")  # noqa: RUF001 (times)
+        assert tab.text("cost") == "This is a real message: it waits until FastSMSing works again."
         assert re.fullmatch(r"in \d+ s, at \d\d:\d\d:\d\d", tab.text("next-try"))
-        assert (tab.text("pending"), tab.text("saved"), tab.text("error")) == ("1", "−1", "1")  # noqa: RUF001 (a minus)
+        assert (tab.text("pending"), tab.text("saved"), tab.text("error")) == ("1", "−1", "1 (100.0 %)")  # noqa: RUF001 (a minus)
         assert tab.text("mean") == tab.text("p50") == "–"  # noqa: RUF001 (of successes, of which there was none)
         assert tab.complaints() == []
     assert proxy.stop(0.0) == 1  # the message still waits for the end of the outage
@@ -220,6 +226,11 @@ def test_a_service_that_is_gone_is_said_to_be_and_its_successor_is_shown_without
         tab.evaluate("poll()")
         tab.wait_text("state", "Cannot be reached")
         assert tab.text("notices").startswith("The service does not respond. The figures are from ")
+        assert (tab.text("wrong"), tab.shows("calm")) == ("The service does not respond", False)
+        assert (tab.text("waits"), tab.text("waiting")) == ("0", "messages waited then")
+        assert tab.text("next-try") == "this page asks every 2 s"
+        assert tab.text("cost") == "The service does not respond, so nothing can be sent."
+        assert tab.evaluate("document.querySelectorAll('#test :is(input, textarea, button):disabled').length") == 5
     host, port = server.server_address[:2]
     successor = RestServer(SmsProxy(Recorder()), address=(str(host), port))
     thread = threading.Thread(target=successor.serve_forever)
@@ -227,7 +238,8 @@ def test_a_service_that_is_gone_is_said_to_be_and_its_successor_is_shown_without
     try:
         tab.evaluate("poll()")
         tab.wait_text("state", "OK")
-        assert (tab.text("notices"), tab.text("accepted")) == ("", "0")
+        assert (tab.text("notices"), tab.text("accepted"), tab.shows("calm")) == ("", "0", True)
+        assert tab.evaluate("fields.disabled") is False
         assert tab.evaluate("samples[samples.length - 1].lines.flat().filter((value) => value < 0)") == []
     finally:
         successor.shutdown(1.0)
@@ -330,8 +342,58 @@ def test_being_past_due_is_a_sign_of_trouble_and_age_is_not(canned: Callable[...
     assert (tab.text("due"), tab.evaluate("due.className")) == ("the oldest for 50 min, none past due", "")
     tab = canned({**FIGURES, "smsproxy_oldest_past_due_seconds": 90})
     assert (tab.text("due"), tab.evaluate("due.className")) == ("the first is 90 s past due", "late")
+    assert (tab.text("wrong"), tab.text("waits"), tab.text("next-try")) == ("Messages are past due", "100", "now")
     tab = canned({**FIGURES, "smsproxy_pending_messages": 0})
-    assert tab.text("due") == "none waits"
+    assert (tab.text("due"), tab.shows("trouble")) == ("none waits", False)
+
+
+def test_a_service_that_refuses_messages_says_so_and_what_waits_may_be_unknown(canned: Callable[..., Tab]) -> None:
+    figures = {**FIGURES, "smsproxy_circuit_breaker_open_seconds": 60, "smsproxy_circuit_breaker_next_try_seconds": 5}
+    tab = canned(figures, {"Status": "UNAVAILABLE", "Reasons": ["queue full"]})
+    assert (tab.text("wrong"), tab.text("notices")) == ("No messages are accepted. FastSMSing is failing", "queue full")
+    figures = {name: value for name, value in FIGURES.items() if name not in OF_THE_DATABASE}
+    tab = canned(figures, {"Status": "UNAVAILABLE", "Reasons": ["the database is away"]})
+    assert (tab.text("wrong"), tab.text("waits")) == ("No messages are accepted", "–")  # noqa: RUF001
+
+
+def test_the_webhook_shows_what_is_untold_for_how_long(canned: Callable[..., Tab]) -> None:
+    tab = canned(FIGURES)
+    assert tab.text("webhook") == "not used"
+    requests = {f'smsproxy_webhook_requests_total{{result="{result}"}}': 7 for result in ("ok", "error")}
+    tab = canned({**FIGURES, **requests})
+    assert (tab.text("webhook"), tab.evaluate("webhook.className")) == ("all is told, 7 requests, 7 failed", "")
+    waits = {"smsproxy_webhook_pending_messages": 3, "smsproxy_webhook_oldest_pending_seconds": 300}
+    tab = canned({**FIGURES, **requests, **waits})
+    assert tab.text("webhook") == "3 changes untold for 5 min, 7 requests, 7 failed"
+    assert tab.evaluate("webhook.className") == "error"
+
+
+def test_the_pointer_reads_all_charts_at_its_moment(idle: Tab) -> None:
+    read = idle.run("""(shares) => {
+        const before = samples, now = Date.now();
+        const lines = (age) => [[age, 0, 0], [age, 0], [age], [1]];
+        samples = [60, 30, 0].map((age) => ({ at: now - age * 1000, run: 1, lines: lines(age) }));
+        const plot = document.querySelectorAll(".plot")[1], box = plot.getBoundingClientRect();
+        const texts = () => [...document.querySelectorAll(".plot")].slice(0, 3)
+            .map((each) => each.previousElementSibling.innerText.split("\\n")[0]);
+        const read = shares.map((share) => {
+            plot.dispatchEvent(new PointerEvent("pointermove", { clientX: box.left + share * box.width }));
+            return texts();
+        });
+        plot.dispatchEvent(new PointerEvent("pointerleave"));
+        read.push(texts());
+        samples = before;
+        return read;
+    }""", [0.1, 0.6])  # fmt: skip
+    assert read == [[f"accepted {age}", f"made {age}", f"pending {age}"] for age in (60, 30, 0)]
+
+
+def test_a_page_says_since_when_it_counts(canned: Callable[..., Tab]) -> None:
+    canned(FIGURES)
+    tab = canned({**FIGURES, "smsproxy_messages_handed_over_total": 840})
+    assert re.fullmatch(r"Since this page was opened, [\d.]+ m?s ago: 40 messages in 0 requests", tab.text("lately"))
+    tab.evaluate("samples[0].first = false; show(figures)")
+    assert tab.text("lately").startswith("The last ")
 
 
 def test_while_the_database_is_away_its_figures_are_unknown_and_others_are_shown(canned: Callable[..., Tab]) -> None:
