@@ -620,3 +620,26 @@ def test_a_random_walk_of_events_never_leaves_the_table_of_states(caplog: Log, s
                 chance.choice([*[send, send, send, receive, wait, finish] * 10, end])()
             front.settle()
     assert caplog.messages == []
+
+
+# Large bodies
+
+
+def test_large_bodies_share_a_limit_and_one_that_is_being_worked_on_counts_also_when_its_peer_is_gone() -> None:
+    with driven(Limits(small_body=10, large_bodies=45)) as front:
+        worked_on, awaited = front.connect(), front.connect()
+        worked_on.send(post("Content-Length: 30", body=b"", path="/later"))
+        front.settle()
+        worked_on.send(b"x" * 30)
+        awaited.send(post("Content-Length: 11", body=b"", path="/later"))
+        front.settle()
+        assert (front.large_bodies, len(front.echo.deferred)) == (41, 1)
+        refused = front.connect().send(post("Content-Length: 11", "Expect: 100-continue", body=b"")).response("POST")
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert front.connect().send(whole(b"x" * 10)).response("POST").status == 200, "a small one needs no share"
+        worked_on.reset()
+        awaited.reset()
+        front.settle()
+        assert front.large_bodies == 30
+        front.finish()
+        assert front.large_bodies == 0
