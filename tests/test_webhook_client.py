@@ -184,6 +184,19 @@ def test_a_thousand_messages_while_the_receiver_is_away_for_a_minute_cost_a_hand
     assert len(teller.requests) - failed <= 12
 
 
+def test_after_an_outage_the_next_one_begins_with_short_waits_again() -> None:
+    def judge(start: float, body: ChangeBody) -> Answer:
+        return DOWN if start < 100.0 or 200.0 <= start < 202.0 else TAKEN
+
+    teller = Teller(world := World(), judge, count=2)
+    teller.change([0])
+    world.wait(199.5)
+    teller.change([1])
+    world.wait(100.0)
+    assert teller.told == {name(0): DELIVERED, name(1): DELIVERED}
+    assert [start for start in teller.starts() if start > 199.0][1] <= 201.5 + 1e-3
+
+
 @pytest.mark.parametrize(("asked", "soonest"), [(7.0, 7.0), (3_600.0, 3_600.0)])
 def test_retry_after_is_kept_to(asked: float, soonest: float) -> None:
     teller = Teller(world := World(), down(0.0, 5.0, Answer(False, "status 429", asked)), count=2)
@@ -450,6 +463,7 @@ def test_a_dead_thread_is_a_reason_to_get_no_traffic(monkeypatch: pytest.MonkeyP
     with away() as url, proxy_of(url) as proxy:
         until(lambda: proxy.dead_threads() == ["smsproxy-webhook-sender-1"])
         assert proxy.health()[0] == ["smsproxy-webhook-sender-1 is dead"]
+    assert proxy._webhook.dead_threads() == []
 
 
 def test_without_a_webhook_nothing_is_recorded_and_its_metrics_are_0() -> None:
