@@ -167,6 +167,23 @@ class ChangeContract:
         changes.handed_over(first)
         assert sorted(self.told(changes, age)) == [Change(name(0), DELIVERED), Change(name(2), DELIVERED)]
 
+    def test_a_body_that_was_handed_over_before_hands_over_no_other(
+        self, repository: Repository, changes: ChangeOutbox, age: Callable[[float], None]
+    ) -> None:
+        repository.save_all(entries(range(2)))
+        bodies: list[ChangeBody] = []
+        for number in range(2):
+            repository.update_all({name(number): DELIVERED})
+            age(SETTLED)
+            body = claimed(changes)
+            assert body is not None
+            bodies.append(body)
+            changes.handed_over(bodies[0])
+        changes.release(bodies[0])
+        assert claimed(changes) is None
+        changes.release(bodies[1])
+        assert claimed(changes) == bodies[1]
+
     def test_bodies_have_a_size_at_the_most_and_together_all_changes(
         self, repository: Repository, changes: ChangeOutbox, age: Callable[[float], None]
     ) -> None:

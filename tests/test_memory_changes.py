@@ -38,6 +38,16 @@ class TestInMemory(ChangeContract):
         repository.update_all({name(2): MessageStatus.DELIVERED})
         assert len(changes.claim(3, 1.0).batch or ()) == 3
 
+    def test_the_oldest_change_of_a_body_counts_and_what_is_not_in_it_waits(
+        self, repository: InMemoryRepository, changes: ChangeOutbox, clock: Clock
+    ) -> None:
+        repository.save_all(entries(range(3)))
+        for number in range(3):
+            repository.update_all({name(number): MessageStatus.DELIVERED})
+            clock.advance(10.0)
+        assert changes.claim(2, 0.0).waiting == 1
+        assert changes.pending() == (3, 30.0)
+
     def test_a_body_expires_when_the_last_of_its_messages_is_forgotten(
         self, repository: InMemoryRepository, changes: ChangeOutbox, clock: Clock
     ) -> None:

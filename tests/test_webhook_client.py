@@ -17,7 +17,7 @@ import pytest
 import webhook_client
 from batch_scheduler import Job
 from change_outbox import ChangeBody
-from fastsmsing import InMemoryClient
+from fastsmsing import InMemoryClient, RejectedError
 from helpers import HANG, every_thread_ends, returned_by, until
 from memory_repository import InMemoryRepository
 from message_model import MessageStatus, Reason, RepositoryUnavailableError
@@ -346,19 +346,33 @@ def test_every_kind_of_change_is_told(prompt: None) -> None:
         assert b"48123456789" not in bodies
 
 
-def test_what_expires_and_what_is_given_up_is_told(prompt: None) -> None:
-    with Receiver() as receiver, proxy_of(receiver, Refusing(), max_attempts=1) as proxy:
-        given_up = send(proxy, 1)[0]
-        proxy_waits = proxy.send(SendMessage("48123456789", "Hi", max_delay=1_000.0, max_age=0.05))
-        until(lambda: receiver.statuses.keys() >= {given_up, proxy_waits.id})
-    assert set(receiver.statuses.values()) == {"FAILED"}
+@pytest.mark.parametrize("reason", list(Reason))
+def test_what_is_given_up_is_told_when_nothing_else_happens(prompt: None, reason: Reason) -> None:
+    provider = Refusing(RejectedError() if reason is Reason.REJECTED else ConnectionError())
+    attempts = None if reason is Reason.EXPIRED else 1
+    with Receiver() as receiver, proxy_of(receiver, provider, max_attempts=attempts, backoff_base=30.0) as proxy:
+        if reason is Reason.EXPIRED:
+            send(proxy, 1)
+            until(lambda: proxy.metrics.requests.total)  # now the breaker is open, so the next one waits in the outbox
+        lingers = 1_000.0 if reason is Reason.CANCELLED else None
+        age = 0.05 if reason is Reason.EXPIRED else None
+        message_id = proxy.send(SendMessage("48123456789", "Hi", lingers, age)).id
+        if reason is Reason.CANCELLED:
+            assert proxy.cancel(message_id)
+        until(lambda: receiver.statuses == {message_id: "FAILED"})
+        assert f'"Reason":"{reason.value}"'.encode() in receiver.told[-1].body
+        proxy.stop(0.0)
 
 
 class Refusing(Recorder):
     """Takes nothing."""
 
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
     def send(self, messages: Sequence[Any]) -> None:
-        raise ConnectionError
+        raise self.error
 
 
 def test_a_stop_in_memory_tells_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
