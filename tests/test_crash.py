@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import Child
+from helpers import Child, request, until
 from message_model import MessageStatus
 from providers import HANG, Recorder
+from receivers import SECRETS, Behaviour, Receiver, Told, answer, secret_line
 from smsproxy import SendMessage, SmsProxy
 from sqlite_repository import SqliteRepository
 
@@ -36,9 +37,9 @@ FLAGS = (
 RANK = {MessageStatus.ACCEPTED: 0, MessageStatus.CONFIRMED: 1, MessageStatus.FAILED: 2, MessageStatus.DELIVERED: 2}
 
 
-def start(directory: Path) -> Child:
+def start(directory: Path, *flags: str) -> Child:
     provider = str(directory / "provider.txt")
-    return Child("--db", str(directory / "sms.db"), *FLAGS, environ={"RECORDING_FILE": provider})
+    return Child("--db", str(directory / "sms.db"), *FLAGS, *flags, environ={"RECORDING_FILE": provider})
 
 
 def key_of(number: int) -> str:
@@ -186,6 +187,71 @@ def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:
         f" {len(times) - len(set(shop.accepted))} more were accepted as the process died; {resent} were sent again,"
         f" at most {max(unknown)} for one kill (the window is {SENDERS} senders x {BATCH} = {WINDOW})"
     )
+
+
+# With a webhook
+
+
+class Moody(Receiver):
+    """Refuses a third of the requests, until it is in a good mood."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.bodies: dict[str, set[bytes]] = {}  # by their IDs
+        self.good = False
+        self._rng = random.Random(seed)
+
+    def came(self, told: Told) -> Behaviour:
+        self.bodies.setdefault(told.id, set()).add(told.body)
+        return super().came(told) if self.good or self._rng.random() < 0.7 else answer(503)
+
+
+def settle(directory: Path, gauge: str, *flags: str) -> None:
+    """Starts the service, waits until this gauge is 0, and ends it."""
+    service = start(directory, *flags)
+    until(lambda: f"\n{gauge} 0\n".encode() in request(service, "GET", "/metrics")[1])
+    assert service.end() == 0
+
+
+def kill_while_it_tells(tmp_path: Path, rounds: int, most: int) -> None:
+    """Kills it again and again while a receiver is told; then what it was told last has to be what is."""
+    shop, rng, secret = Shop(), random.Random(rounds), tmp_path / "secret"
+    secret.write_text(secret_line(SECRETS[0]))
+    with Moody(rounds) as receiver:
+        hook = ("--webhook-url", receiver.url(), "--webhook-secret-file", str(secret))
+        for number in range(rounds):
+            service = start(tmp_path, *hook)
+            goal, told = len(shop.accepted) + rng.randint(1, most), len(receiver.told) + rng.randint(0, 3)
+            with callers(shop, service.server_address[1], f"{rounds}/{number}"):
+                shop.wait_for(goal)
+                receiver.wait_for(lambda requests, told=told: len(requests) >= told)  # type: ignore[misc]
+                service.end(signal.SIGKILL)
+        receiver.good = True
+        settle(tmp_path, "smsproxy_pending_messages", *hook)  # which also applies the last reports
+        settle(tmp_path, "smsproxy_webhook_pending_messages", *hook)
+        assert (receiver.backwards, shop.wrong) == ([], [])
+        assert {len(bodies) for bodies in receiver.bodies.values()} == {1}, "one ID, two bodies"
+    with contextlib.closing(SqliteRepository(str(tmp_path / "sms.db"))) as repository:
+        statuses = {message_id: repository.get(message_id).value for message_id in shop.accepted}
+    told_of = {message_id: receiver.statuses.get(message_id, "ACCEPTED") for message_id in shop.accepted}
+    assert told_of == statuses
+    again = len(receiver.told) - len({told.id for told in receiver.told})
+    print(
+        f"\n{rounds} kills: {len(shop.accepted)} messages, {Counter(statuses.values())}, 0 changes lost, none told"
+        f" backwards; {len(receiver.bodies)} bodies, {again} of them taken twice"
+    )
+
+
+def test_no_change_is_lost_or_told_backwards_when_the_process_is_killed(tmp_path: Path) -> None:
+    kill_while_it_tells(tmp_path, rounds=2, most=200)
+
+
+@pytest.mark.long
+def test_no_change_is_lost_or_told_backwards_in_25_kills(tmp_path: Path) -> None:
+    kill_while_it_tells(tmp_path, rounds=25, most=2_000)
+
+
+# Without
 
 
 def test_nothing_accepted_is_lost_when_the_process_is_killed(tmp_path: Path) -> None:

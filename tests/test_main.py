@@ -434,6 +434,19 @@ def test_the_end_in_memory_tells_what_is_left_and_its_code_is_not_the_receivers(
     assert "stopped before the webhook told 3 changes" in child.log
 
 
+def test_a_durable_end_leaves_what_is_untold_to_the_next_start(secret: Path, db: Path) -> None:
+    argv = ["--max-delay", "0", "--client", "providers:Late", "--db", str(db), "--drain-timeout", "0.5"]
+    with Receiver(usually=hanging) as receiver, Child(*hooked(receiver, secret), *argv) as child:
+        ids = post(child, 3)
+        child.wait_for(f"handed over .*{ids[-1]}")
+        assert child.end() == 0  # the provider reports as it stops
+    assert "stopped before the webhook" not in child.log
+    with Receiver() as receiver, Child(*hooked(receiver, secret), *argv) as child:
+        receiver.wait_for(lambda told: receiver.statuses == dict.fromkeys(ids, "DELIVERED"))
+        assert child.end() == 0
+    assert re.search("told .* as msg_", child.log)
+
+
 def test_a_check_checks_the_webhook_without_a_request(secret: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Receiver() as receiver:
         argv = hooked(receiver, secret)

@@ -21,7 +21,7 @@ from fastsmsing import InMemoryClient, RejectedError
 from helpers import HANG, every_thread_ends, returned_by, until
 from memory_repository import InMemoryRepository
 from message_model import MessageStatus, Reason, RepositoryUnavailableError
-from providers import Recorder
+from providers import Gate, Recorder
 from receivers import SECRETS, Receiver, answer, away, hanging, verified
 from repository_contract import entries, name
 from service_metrics import Metrics, WebhookMetrics
@@ -390,6 +390,27 @@ def test_a_stop_in_memory_tells_what_is_left(caplog: pytest.LogCaptureFixture) -
     assert not any("stopped before" in each for each in caplog.messages)
 
 
+def test_a_stop_tells_side_by_side_with_the_drain_and_gathers_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("webhook_client", "memory_changes"):
+        monkeypatch.setattr(f"{place}.GATHER", 1_000.0)
+    provider = Gate()
+    with Receiver() as receiver:
+        proxy = proxy_of(receiver, provider)
+        proxy.start()
+        (held,) = send(proxy, 1)
+        provider.wait_entered()
+        cancelled = proxy.send(SendMessage("48123456789", "Hi", max_delay=1_000.0)).id
+        assert proxy.cancel(cancelled)
+        stopping = threading.Thread(target=proxy.stop, args=(HANG,))
+        stopping.start()
+        until(lambda: receiver.statuses == {cancelled: "FAILED"})
+        assert proxy.get_status(held) is MessageStatus.ACCEPTED
+        assert proxy.metrics.requests.total == 0  # the provider still has it
+        provider.opened.set()
+        stopping.join(HANG)
+        assert not stopping.is_alive()
+
+
 @pytest.mark.parametrize("timeout", [0.0, 0.3])
 def test_a_receiver_that_hangs_delays_a_stop_by_no_more_than_the_deadline_and_a_second(
     timeout: float, caplog: pytest.LogCaptureFixture
@@ -498,11 +519,12 @@ def test_without_a_webhook_nothing_is_recorded_and_its_metrics_are_0() -> None:
     ]  # fmt: skip
 
 
-def test_a_start_without_a_thread_left_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last", ["smsproxy-webhook-sender-1", "smsproxy-sender-2"])
+def test_a_start_without_a_thread_left_leaves_none_behind(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 
     def scarce(thread: threading.Thread) -> None:
-        if thread.name == "smsproxy-webhook-sender-1":
+        if thread.name == last:
             raise RuntimeError("can't start new thread")
         start(thread)
 
