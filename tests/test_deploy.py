@@ -430,6 +430,55 @@ def test_the_image_does_not_run_as_root_and_keeps_its_data_in_a_volume() -> None
     assert Path(database).parent == Path(dockerfile("VOLUME")[0])
 
 
+# Kubernetes
+
+
+@pytest.fixture(scope="module")
+def objects() -> Mapping[str, Any]:
+    """What kubernetes.yaml makes, by kind."""
+    yaml = pytest.importorskip("yaml")
+    return {each["kind"]: each for each in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+
+
+def test_the_kubernetes_objects_fit_the_schemas(objects: Mapping[str, Any]) -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    assert objects.keys() == {"Secret", "Deployment", "Service", "PodDisruptionBudget"}
+    for version in ("1.30", "1.34"):  # the first that knows the sleep of preStop, and one that has it for good
+        for each in objects.values():
+            validate(each, version, strict=True)
+
+
+def test_the_kubernetes_objects_fit_each_other_and_the_service(objects: Mapping[str, Any]) -> None:
+    deployment = objects["Deployment"]["spec"]
+    pod, (container,) = deployment["template"]["spec"], deployment["template"]["spec"]["containers"]
+    labels = deployment["template"]["metadata"]["labels"].items()
+    selectors = (objects["Service"]["spec"]["selector"], deployment["selector"]["matchLabels"],
+                 objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"])  # fmt: skip
+    assert all(selector.items() <= labels for selector in selectors)
+    assert deployment["replicas"] > objects["PodDisruptionBudget"]["spec"]["minAvailable"] >= 1
+    assert container["envFrom"] == [{"secretRef": {"name": objects["Secret"]["metadata"]["name"]}}]
+    assert [port["targetPort"] for port in objects["Service"]["spec"]["ports"]] == [container["ports"][0]["name"]]
+    assert f"SMSPROXY_PORT={container['ports'][0]['containerPort']}" in " ".join(dockerfile("ENV"))
+    probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
+    assert probes == {"startup": "/livez", "liveness": "/livez", "readiness": "/healthz"}
+    assert str(pod["securityContext"]["runAsUser"]) == dockerfile("USER")[-1]
+    assert (pod["enableServiceLinks"], container["securityContext"]["readOnlyRootFilesystem"]) == (False, True)
+    assert container["image"].endswith(f":{command_line.__version__}")
+    defaults = {name: default for flags in command_line.FLAGS.values() for name, _, default, _ in flags}
+    ending = container["lifecycle"]["preStop"]["sleep"]["seconds"] + float(defaults["drain-timeout"] or 0)
+    assert pod["terminationGracePeriodSeconds"] > ending + 5
+
+
+def test_the_kubernetes_settings_start_nothing_until_the_secret_is_filled_in(objects: Mapping[str, Any]) -> None:
+    (container,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
+    secret = objects["Secret"]["stringData"]
+    assert {each["name"] for each in container["env"]} | secret.keys() <= command_line.VARIABLES | {"PGPASSWORD"}
+    refused = run(*MAIN, "--check", **secret)
+    assert (refused.returncode, refused.stderr) == (
+        2, "main.py: error: environment variable SMSPROXY_API_KEYS is empty; unset it for the default\n",
+    )  # fmt: skip
+
+
 # Alerts and the dashboard
 
 
