@@ -312,6 +312,56 @@ def test_an_unexpected_error_is_logged_by_type_and_place(caplog: pytest.LogCaptu
     assert NUMBER not in caplog.text
 
 
+# Lists
+
+
+def test_a_list_leaves_when_its_first_message_is_due() -> None:
+    messages = [dataclasses.replace(HELLO, max_delay=delay) for delay in (600, 0, 600)]
+    with SmsProxy(provider := Recorder(), SmsProxyConfig(batch_size=3, max_delay=600)) as proxy:
+        entries = proxy.entries(messages)
+        assert proxy.accept_together(entries) is None
+        provider.wait_for(bool)
+        ids = [entry.message.message_id for entry in entries]
+        assert provider.ids == [ids[1], ids[0], ids[2]]
+        assert proxy.metrics.accepted.total == 3
+
+
+def test_a_message_of_a_list_expires_on_time() -> None:
+    messages = [HELLO, dataclasses.replace(HELLO, max_delay=600, max_age=0.2), HELLO]
+    with SmsProxy(provider := Gate(), SmsProxyConfig(batch_size=2, senders=1, max_delay=None)) as proxy:
+        proxy.send(HELLO)
+        proxy.send(HELLO)
+        provider.wait_entered()  # so what follows waits
+        entries = proxy.entries(messages)
+        assert proxy.accept_together(entries) is None
+        until(lambda: proxy.get_status(entries[1].message.message_id) is FAILED)
+        assert proxy.get_reason(entries[1].message.message_id) is Reason.EXPIRED
+        provider.opened.set()
+
+
+@pytest.mark.parametrize(("messages", "error"), [
+    *[([HELLO] * count, "messages must be a list of 1 to 100 messages") for count in (0, 101)],
+    ([HELLO, SendMessage("+48", "x")], "phone_number must consist of the digits 0 to 9 only")])  # fmt: skip
+def test_a_list_that_can_never_be_accepted_is_not_valid(messages: list[SendMessage], error: str) -> None:
+    proxy = SmsProxy(Recorder(), SmsProxyConfig(max_pending=100))
+    with pytest.raises(ValidationError, match=error):
+        proxy.entries(messages)
+
+
+def test_a_list_is_refused_as_a_whole_and_each_of_its_messages_is_counted() -> None:
+    repository = InMemoryRepository()
+    proxy = SmsProxy(Recorder(), SmsProxyConfig(max_delay=None, max_pending=100), repository=repository)
+    assert proxy.accept_together(proxy.entries([HELLO] * 60)) is None
+    assert isinstance(proxy.accept_together(proxy.entries([HELLO] * 50)), OverloadedError)
+    proxy.stop(HANG)
+    assert isinstance(proxy.accept_together(proxy.entries([HELLO] * 7)), ClosedError)
+    refused, accepted = proxy.metrics.refused, proxy.metrics.accepted
+    assert (refused.count("queue_full"), refused.count("stopping"), accepted.total) == (50, 7, 60)
+    deadly = SmsProxy(Recorder(), repository=Deadly("save_together", RepositoryUnavailableError("disk full")))
+    assert isinstance(deadly.accept_together(deadly.entries([HELLO] * 3)), RepositoryUnavailableError)
+    assert deadly.metrics.refused.count("database") == 3
+
+
 def test_a_busy_run_logs_neither_numbers_nor_texts(caplog: pytest.LogCaptureFixture) -> None:
     messages = [SendMessage(f"4860070{number:04}", f"code {10**9 + 7_919 * number}") for number in range(300)]
     config = SmsProxyConfig(batch_size=2, max_delay=0, max_attempts=2, backoff_base=0)
