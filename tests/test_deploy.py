@@ -28,6 +28,7 @@ import restarts
 from browser import Browser, browser
 from http_protocol import Limits
 from restarts import HANG, ROOT, Service
+from service_metrics import Age, Metrics
 
 __all__ = ["browser"]  # a fixture
 
@@ -484,9 +485,12 @@ def test_the_kubernetes_settings_start_nothing_until_the_secret_is_filled_in(obj
 
 def expressions() -> list[str]:
     """All PromQL of the dashboard, Grafana's variables replaced."""
-    panels = json.loads((DEPLOY / "grafana.json").read_text())["panels"]
-    found = [target["expr"] for panel in panels for target in panel.get("targets", ())]
-    return [re.sub(r"\$(__rate_interval|__range)", "5m", each).replace("$job", "smsproxy") for each in found]
+    doc = json.loads((DEPLOY / "grafana.json").read_text())
+    found = [target["expr"] for panel in doc["panels"] for target in panel.get("targets", ())]
+    found += [each["expr"] for each in doc["annotations"]["list"]]
+    assert [each for each in found if each.count("{") != each.count('{job="$job", instance=~"$instance"')] == []
+    found = [each.replace("$job", "smsproxy").replace("$instance", ".*") for each in found]
+    return [re.sub(r"\$(__rate_interval|__range)", "5m", each) for each in found]
 
 
 def test_promtool_accepts_the_alerts_and_their_tests() -> None:
@@ -523,7 +527,7 @@ def test_the_dashboard_is_whole() -> None:
     doc = json.loads((DEPLOY / "grafana.json").read_text())
     panels = doc["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    assert {variable["name"] for variable in doc["templating"]["list"]} == {"datasource", "job"}
+    assert {variable["name"] for variable in doc["templating"]["list"]} == {"datasource", "job", "instance"}
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in panels)
     assert all(panel["targets"] for panel in panels if panel["type"] != "row")
 
@@ -539,7 +543,8 @@ def test_what_is_watched_exists_from_the_start(service: Service) -> None:
     text = "\n".join(_watched())
     used = set(re.findall(r"\b(?:smsproxy|process)_[a-z_]+\b", text))
     assert len(used) > 15
-    assert used - names == set()
-    labels = set(re.findall(r"\b(smsproxy_[a-z_]+)\{[^}]*\b(reason|status|result|le)=\"([\w.]+)\"", text))
+    ages = {metric.name for metric in vars(Metrics()).values() if isinstance(metric, Age)}  # of what has yet to happen
+    assert used - names - ages == set()
+    labels = set(re.findall(r"\b(smsproxy_[a-z_]+)\{[^}]*\b(reason|status|result|route|le)=\"([\w./]+)\"", text))
     missing = [each for each in labels if not re.search(r'^{}\{{[^}}]*\b{}="{}"'.format(*each), metrics, re.M)]
     assert (len(labels) > 4, missing) == (True, [])
