@@ -447,6 +447,18 @@ def test_a_durable_end_leaves_what_is_untold_to_the_next_start(secret: Path, db:
     assert re.search("told .* as msg_", child.log)
 
 
+def test_an_outbox_of_changes_that_cannot_be_used_is_not_the_clients_fault(
+    secret: Path, db: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def changes(repository: SqliteRepository) -> None:
+        raise SmsProxyError("the disk is full")
+
+    monkeypatch.setattr(SqliteRepository, "changes", changes)
+    with Receiver() as receiver:
+        code, line = failed(capsys, "--port", "0", "--db", str(db), *hooked(receiver, secret))
+    assert (code, line) == (1, "the disk is full\n")
+
+
 def test_a_check_checks_the_webhook_without_a_request(secret: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Receiver() as receiver:
         argv = hooked(receiver, secret)

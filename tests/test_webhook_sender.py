@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,27 @@ def test_a_receiver_that_is_away_is_a_failure() -> None:
     with away() as url:
         assert post(url) == Answer(False, "ConnectionRefusedError 111")
     assert post("http://nobody.invalid/").said.startswith("gaierror")
+
+
+def resolved(monkeypatch: pytest.MonkeyPatch, *addresses: Any) -> None:
+    """Every name has these addresses, whatever the port."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+
+
+def test_of_several_addresses_the_first_that_can_be_reached_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Receiver() as receiver, socket.socket() as closed, socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        closed.bind(("127.0.0.1", 0))
+        with socket.create_connection(full.getsockname()):  # its backlog takes no other one, and answers nothing
+            resolved(monkeypatch, closed.getsockname(), full.getsockname(), receiver.server_address)
+            assert post("http://shop.example/hook", timeout=4 * SOON) == Answer(True, "status 204")
+            resolved(monkeypatch, receiver.server_address, closed.getsockname())
+            assert post("http://shop.example:8080/hook") == Answer(True, "status 204")
+            resolved(monkeypatch, full.getsockname(), closed.getsockname())
+            assert post("http://shop.example/hook", timeout=SOON) == Answer(False, "ConnectionRefusedError 111")
+            resolved(monkeypatch, full.getsockname())
+            assert post("http://shop.example/hook", timeout=SOON) == Answer(False, "TimeoutError")
+    assert [told.headers["host"] for told in receiver.told] == ["shop.example", "shop.example:8080"]
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n"
