@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import random
 import shutil
 import signal
@@ -193,17 +194,26 @@ def kill_again_and_again(tmp_path: Path, rounds: int, most: int) -> None:
 
 
 class Moody(Receiver):
-    """Refuses a third of the requests, until it is in a good mood."""
+    """Refuses a third of the requests, until it is in a good mood, and lets one wait until the process is killed."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.bodies: dict[str, set[bytes]] = {}  # by their IDs
         self.good = False
+        self.cut_off = math.inf  # how many requests came when one waits
+        self.killed = threading.Event()
         self._rng = random.Random(seed)
 
     def came(self, told: Told) -> Behaviour:
         self.bodies.setdefault(told.id, set()).add(told.body)
-        return super().came(told) if self.good or self._rng.random() < 0.7 else answer(503)
+        if not self.good and self._rng.random() < 0.3:
+            return answer(503)
+        behave, killed = super().came(told), self.killed
+
+        def wait(handler: object) -> None:
+            killed.wait(HANG)
+
+        return behave if self.good or len(self.told) < self.cut_off else wait
 
 
 def settle(directory: Path, gauge: str, *flags: str) -> None:
@@ -221,11 +231,13 @@ def kill_while_it_tells(tmp_path: Path, rounds: int, most: int) -> None:
         hook = ("--webhook-url", receiver.url(), "--webhook-secret-file", str(secret))
         for number in range(rounds):
             service = start(tmp_path, *hook)
-            goal, told = len(shop.accepted) + rng.randint(1, most), len(receiver.told) + rng.randint(0, 3)
+            goal, told = len(shop.accepted) + rng.randint(1, most), len(receiver.told) + rng.randint(1, 4)
+            receiver.killed, receiver.cut_off = threading.Event(), told if number % 2 else math.inf
             with callers(shop, service.server_address[1], f"{rounds}/{number}"):
                 shop.wait_for(goal)
                 receiver.wait_for(lambda requests, told=told: len(requests) >= told)  # type: ignore[misc]
                 service.end(signal.SIGKILL)
+            receiver.killed.set()
         receiver.good = True
         settle(tmp_path, "smsproxy_pending_messages", *hook)  # which also applies the last reports
         settle(tmp_path, "smsproxy_webhook_pending_messages", *hook)
@@ -238,7 +250,7 @@ def kill_while_it_tells(tmp_path: Path, rounds: int, most: int) -> None:
     again = len(receiver.told) - len({told.id for told in receiver.told})
     print(
         f"\n{rounds} kills: {len(shop.accepted)} messages, {Counter(statuses.values())}, 0 changes lost, none told"
-        f" backwards; {len(receiver.bodies)} bodies, {again} of them taken twice"
+        f" backwards; {len(receiver.bodies)} bodies, {again} of them came twice"
     )
 
 
