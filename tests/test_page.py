@@ -356,6 +356,12 @@ def test_a_service_that_refuses_messages_says_so_and_what_waits_may_be_unknown(c
     assert (tab.text("wrong"), tab.text("waits")) == ("No messages are accepted", "–")  # noqa: RUF001
 
 
+def test_a_gateway_that_reaches_no_service_is_a_service_that_is_gone(canned: Callable[..., Tab]) -> None:
+    tab = canned(FIGURES)
+    tab.run("heard", [{"status": 502, "doc": {"Error": "no instance responds"}, "error": "no instance responds"}] * 2)
+    assert (tab.text("state"), tab.text("wrong")) == ("Cannot be reached", "The service does not respond")
+
+
 def test_the_webhook_shows_what_is_untold_for_how_long(canned: Callable[..., Tab]) -> None:
     tab = canned(FIGURES)
     assert tab.text("webhook") == "not used"
