@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository
+from change_outbox import ChangeOutbox
 from fastsmsing import Message
 from message_model import (
     STATUS_OF,
@@ -30,6 +31,7 @@ from message_model import (
 )  # fmt: skip
 
 from .backlog import Backlog, Counts
+from .changes import PostgresChanges
 from .connections import Database
 from .leases import Lease, Leases
 from .schema import prepare
@@ -108,6 +110,7 @@ class PostgresRepository(Repository):
             undo.pop_all()
         self._leases = Leases(Database(url, 1), min(lease, LONGEST))
         self._backlog = Backlog(lambda: Counts(*self._database.run(COUNT)[0]), clock)
+        self._changes: PostgresChanges | None = None
         self._forget_at = -math.inf  # by our clock: before that nothing is to be forgotten
 
     # Accepting
@@ -297,6 +300,11 @@ class PostgresRepository(Repository):
 
     # Watching
 
+    def changes(self) -> ChangeOutbox:
+        """See `Repository`. From the first call on all processes record changes, until somebody ends it by hand."""
+        self._changes = PostgresChanges(self._database, self._leases.owner, self._retention, self._clock)
+        return self._changes
+
     def backlog(self) -> int:
         """See `Repository`. Of all processes together; about a second old."""
         return self._backlog.get().pending
@@ -338,7 +346,10 @@ class PostgresRepository(Repository):
         Other threads' statements fail. Batches in requests that did not end wait out their leases.
         """
         self._database.close()
-        self._leases.close(time.monotonic() + CLOSE_TIMEOUT)
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        if self._changes is not None:
+            self._changes.close(deadline)
+        self._leases.close(deadline)
 
 
 def _columns(entries: Sequence[Entry]) -> tuple[list[Any], ...]:

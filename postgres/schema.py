@@ -8,6 +8,7 @@ from message_model import RepositoryUnavailableError
 from .connections import Database
 from .functions import FUNCTIONS
 from .tables import TABLES
+from .telling import TELLING
 
 if TYPE_CHECKING:
     import psycopg
@@ -19,7 +20,7 @@ START_TIMEOUT = 30.0  # seconds for the first connection's work; another process
 MIGRATION_LOCK = 0x534D5350  # "SMSP": the advisory lock of a transaction that creates or migrates
 
 # Each script leads from the schema version that is its index to the next one.
-MIGRATIONS = (TABLES + FUNCTIONS,)
+MIGRATIONS = (TABLES + FUNCTIONS + TELLING,)
 
 
 def prepare(database: Database) -> None:

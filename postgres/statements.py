@@ -85,6 +85,11 @@ WITH alone AS MATERIALIZED (
     AND EXISTS (SELECT FROM alone) ORDER BY changed_at LIMIT %(step)s FOR UPDATE SKIP LOCKED
 ), gone AS (
     DELETE FROM smsproxy.message WHERE id IN (SELECT id FROM due) RETURNING id
+), untold AS (
+    -- Whoever tells drops these itself; this is for changes that nobody tells any more.
+    DELETE FROM smsproxy.change WHERE seq IN (
+        SELECT f.seq FROM (SELECT seq, changed_at FROM smsproxy.change ORDER BY seq LIMIT %(step)s) f
+        WHERE f.changed_at <= clock_timestamp() - %(retention)s::float8 * interval '1 s')
 )
 SELECT (SELECT count(*) FROM gone), (
     SELECT extract(epoch FROM changed_at - clock_timestamp())::float8 + %(retention)s::float8 FROM smsproxy.message

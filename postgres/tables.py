@@ -42,9 +42,9 @@ CREATE TABLE smsproxy.batch (
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX batch_lease ON smsproxy.batch (lease_until);
 
--- Rows to lock: one claims at a time, and one forgets. A lock makes no new version of the row.
+-- Rows to lock: one claims at a time, one forgets, and one tells. A lock makes no new version of the row.
 CREATE TABLE smsproxy.mutex (name text PRIMARY KEY) WITH (fillfactor = 50);
-INSERT INTO smsproxy.mutex VALUES ('claim'), ('forget'), ('check');
+INSERT INTO smsproxy.mutex VALUES ('claim'), ('forget'), ('check'), ('tell');
 
 -- When the database was last at work for any instance, and since when without a gap; and where looks begin.
 CREATE TABLE smsproxy.pulse (
@@ -57,4 +57,28 @@ CREATE TABLE smsproxy.pulse (
     settled xid8  -- a transaction that began after that one was committed; NULL: none has
 ) WITH (fillfactor = 50);
 INSERT INTO smsproxy.pulse DEFAULT VALUES;
+
+-- What the webhook has not told; see telling.py. Rows are inserted by a trigger, which is there only if it is wanted.
+CREATE TABLE smsproxy.change (
+    seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,  -- for one message in order of its changes
+    changed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    id text COLLATE "C" NOT NULL,
+    status text NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0,
+        autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 20000,
+        autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 20000);
+
+-- The body that is under way, and by whom; at most one row.
+CREATE TABLE smsproxy.body (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    id text NOT NULL,
+    made_at float8 NOT NULL,  -- seconds since 1970, whole milliseconds
+    ids text[] NOT NULL,
+    statuses text[] NOT NULL,
+    reasons text[] NOT NULL,
+    since timestamptz NOT NULL,  -- when the first of these changes happened
+    until timestamptz NOT NULL,  -- when the last of these messages is forgotten
+    owner uuid NOT NULL,  -- one start of one process
+    lease_until timestamptz NOT NULL
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_cost_delay = 0);
 """

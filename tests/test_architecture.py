@@ -88,7 +88,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "message_ids": (),
     "fastsmsing": (),
 }
-MAY_POSTGRES_IMPORT = ("base_repository", "fastsmsing", "incident_log", "message_model")
+MAY_POSTGRES_IMPORT = ("base_repository", "change_outbox", "fastsmsing", "incident_log", "message_model")
 
 ROLES = {"smsproxy", "restapi", "fastsmsing", "main", "__main__"}  # the names that were given; others have two words
 # Rules: decided from what they are told.

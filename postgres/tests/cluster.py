@@ -134,6 +134,9 @@ def let_pass(cluster: Cluster, url: str, seconds: float) -> None:
                 f"expires = expires {shift}")  # fmt: skip
     cluster.sql(url, f"UPDATE smsproxy.message SET changed_at = changed_at {shift}")
     cluster.sql(url, f"UPDATE smsproxy.batch SET lease_until = lease_until {shift}")
+    cluster.sql(url, f"UPDATE smsproxy.change SET changed_at = changed_at {shift}")
+    cluster.sql(url, f"UPDATE smsproxy.body SET since = since {shift}, until = until {shift}, "
+                f"lease_until = lease_until {shift}")  # fmt: skip
     cluster.sql(url, f"UPDATE smsproxy.pulse SET resumed_at = resumed_at {shift}, front = front {shift}, "
                 f"next_front = next_front {shift}")  # fmt: skip
 
