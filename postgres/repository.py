@@ -53,6 +53,7 @@ from .statements import (
     STATUS,
     UNSENT,
     UPDATE,
+    columns,
 )  # fmt: skip
 
 __all__ = ["PostgresRepository"]
@@ -110,7 +111,7 @@ class PostgresRepository(Repository):
             undo.pop_all()
         self._leases = Leases(Database(url, 1), min(lease, LONGEST))
         self._backlog = Backlog(lambda: Counts(*self._database.run(COUNT)[0]), clock)
-        self._changes: PostgresChanges | None = None
+        self._ends = [self._leases.close]
         self._forget_at = -math.inf  # by our clock: before that nothing is to be forgotten
 
     # Accepting
@@ -172,7 +173,7 @@ class PostgresRepository(Repository):
         self._backlog.add(len(entries), len(entries))  # at once: others are saving, too
         saved: set[str] = set()
         try:
-            rows, again = self._database.run_again(lambda again: (statement, (*_columns(entries), self._retention)))
+            rows, again = self._database.run_again(lambda again: (statement, (*columns(entries), self._retention)))
             saved = {row[0] for row in rows}
         finally:
             self._backlog.add(len(saved) - len(entries), len(saved) - len(entries))
@@ -244,8 +245,7 @@ class PostgresRepository(Repository):
         if not isinstance(batch.lease, Lease):
             return
         parameters = (self._leases.owner, [batch.lease.id], sorted(batch.ids))
-        rows = self._database.run(RELEASE, parameters, timeout=RELEASE_TIMEOUT)
-        self._backlog.add(0, rows[0][0])
+        self._backlog.add(0, self._database.run(RELEASE, parameters, timeout=RELEASE_TIMEOUT)[0][0])
         self._leases.remove(batch.ids)
 
     def unsent(self, batch: Batch) -> Batch:
@@ -265,8 +265,7 @@ class PostgresRepository(Repository):
         """See `Repository`. Also when the lease is lost: FastSMSing took the messages."""
         ids = sorted(filter(_storable, batch.ids))
         parameters = {"ids": ids, "slice": self._slice, "ended": self._leases.ended_by(ids)}
-        gone, waited = self._database.run(HANDED_OVER, parameters)[0]
-        self._backlog.add(-gone, -waited)
+        self._backlog.add(*(-count for count in self._database.run(HANDED_OVER, parameters)[0]))
         self._leases.remove(ids)
 
     def holds(self, batch: Batch) -> bool:
@@ -302,8 +301,9 @@ class PostgresRepository(Repository):
 
     def changes(self) -> ChangeOutbox:
         """See `Repository`. From the first call on all processes record changes, until somebody ends it by hand."""
-        self._changes = PostgresChanges(self._database, self._leases.owner, self._retention, self._clock)
-        return self._changes
+        changes = PostgresChanges(self._database, self._leases.owner, self._retention, self._clock)
+        self._ends.append(changes.close)
+        return changes
 
     def backlog(self) -> int:
         """See `Repository`. Of all processes together; about a second old."""
@@ -347,23 +347,8 @@ class PostgresRepository(Repository):
         """
         self._database.close()
         deadline = time.monotonic() + CLOSE_TIMEOUT
-        if self._changes is not None:
-            self._changes.close(deadline)
-        self._leases.close(deadline)
-
-
-def _columns(entries: Sequence[Entry]) -> tuple[list[Any], ...]:
-    """What `save` in the database takes, but for the last parameter."""
-    messages = [entry.message for entry in entries]
-    return (
-        [message.message_id for message in messages],
-        [message.phone_number for message in messages],
-        [message.message.encode() for message in messages],
-        [entry.fingerprint for entry in entries],
-        [float(entry.linger) for entry in entries],
-        [entry.default_linger for entry in entries],
-        [float(entry.max_age) for entry in entries],
-    )
+        for end in self._ends:
+            end(deadline)
 
 
 def _stamp(entries: Sequence[Entry], now: float) -> None:

@@ -5,11 +5,14 @@ before the outbox, by every statement that changes both.
 """
 from __future__ import annotations
 
-from message_model import TRANSITIONS
+from collections.abc import Sequence
+from typing import Any
+
+from message_model import TRANSITIONS, Entry
 
 __all__ = [
     "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "KNOWN", "RELEASE",
-    "RENEW", "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE",
+    "RENEW", "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE", "columns",
 ]  # fmt: skip
 
 SAVE = """
@@ -101,3 +104,17 @@ SIZE = """
 SELECT sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = 'smsproxy' AND c.relkind = 'r'
 """
+
+
+def columns(entries: Sequence[Entry]) -> tuple[list[Any], ...]:
+    """What `SAVE` takes, but for the last parameter."""
+    messages = [entry.message for entry in entries]
+    return (
+        [message.message_id for message in messages],
+        [message.phone_number for message in messages],
+        [message.message.encode() for message in messages],
+        [entry.fingerprint for entry in entries],
+        [float(entry.linger) for entry in entries],
+        [entry.default_linger for entry in entries],
+        [float(entry.max_age) for entry in entries],
+    )

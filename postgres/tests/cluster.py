@@ -129,16 +129,16 @@ class Cluster:
 
 def let_pass(cluster: Cluster, url: str, seconds: float) -> None:
     """Lets time pass for the database: all that it wrote down lies so much further back."""
-    shift = f"- interval '{seconds} s'"
-    cluster.sql(url, f"UPDATE smsproxy.outbox SET accepted_at = accepted_at {shift}, due = due {shift}, "
-                f"expires = expires {shift}")  # fmt: skip
-    cluster.sql(url, f"UPDATE smsproxy.message SET changed_at = changed_at {shift}")
-    cluster.sql(url, f"UPDATE smsproxy.batch SET lease_until = lease_until {shift}")
-    cluster.sql(url, f"UPDATE smsproxy.change SET changed_at = changed_at {shift}")
-    cluster.sql(url, f"UPDATE smsproxy.body SET since = since {shift}, until = until {shift}, "
-                f"lease_until = lease_until {shift}")  # fmt: skip
-    cluster.sql(url, f"UPDATE smsproxy.pulse SET resumed_at = resumed_at {shift}, front = front {shift}, "
-                f"next_front = next_front {shift}")  # fmt: skip
+    moved = {
+        "outbox": ("accepted_at", "due", "expires"), "message": ("changed_at",), "batch": ("lease_until",),
+        "change": ("changed_at",), "body": ("since", "until", "lease_until"),
+        "pulse": ("resumed_at", "front", "next_front"),
+    }  # fmt: skip
+    updates = [
+        f"UPDATE smsproxy.{table} SET " + ", ".join(f"{each} = {each} - interval '{seconds} s'" for each in columns)
+        for table, columns in moved.items()
+    ]
+    cluster.sql(url, "; COMMIT; ".join(updates))  # each by itself, so that no locks are held together
 
 
 class Passage:
