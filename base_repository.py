@@ -122,10 +122,9 @@ class Repository(abc.ABC):
     def hasten(self, max_delay: float) -> None:
         """At a start: brings forward what lingers by an earlier default that was longer than this one."""
 
+    @abc.abstractmethod
     def changes(self) -> ChangeOutbox:
-        """The outbox of changes, for the webhook. Called once, before anything changes; changes are recorded from then
-        on, and not at all without it."""
-        raise NotImplementedError
+        """The outbox of changes. Called once, before anything changes, and only by a process that has a webhook."""
 
     def holds(self, batch: Batch) -> bool:
         """Whether the batch is still this process's to send, as far as it knows. Never blocks."""

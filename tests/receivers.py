@@ -15,7 +15,9 @@ from typing import Any
 
 from helpers import HANG
 
-__all__ = ["SECRETS", "Behaviour", "Receiver", "Told", "answer", "hanging", "reset", "secret_line", "trickle", "verified"]
+__all__ = [
+    "SECRETS", "Behaviour", "Receiver", "Told", "answer", "hanging", "reset", "secret_line", "trickle", "verified",
+]  # fmt: skip
 
 SECRETS = (bytes(range(32)), bytes(range(100, 124)))
 
