@@ -218,9 +218,9 @@ class Moody(Receiver):
 
 def settle(directory: Path, gauge: str, *flags: str) -> None:
     """Starts the service, waits until this gauge is 0, and ends it."""
-    service = start(directory, *flags)
-    until(lambda: f"\n{gauge} 0\n".encode() in request(service, "GET", "/metrics")[1])
-    assert service.end() == 0
+    with start(directory, *flags) as service:
+        until(lambda: f"\n{gauge} 0\n".encode() in request(service, "GET", "/metrics")[1])
+        assert service.end() == 0
 
 
 def kill_while_it_tells(tmp_path: Path, rounds: int, most: int) -> None:
