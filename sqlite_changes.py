@@ -9,14 +9,16 @@ slice of a second at the most, and an index has the messages in order of (time, 
 - A body, and the cursor after the last message in it, are stored in one transaction, before the body is sent. The body
   stays until the receiver took it.
 
-Which slices are closed is decided, and they are read, in the writer's transaction. A reader could see a slice as closed
-before it sees what a transaction that began earlier is just putting into it.
+Which slices are closed is decided while no transaction is under way, and they are read after that. Otherwise a reader
+could take a slice for closed before it sees what a transaction that began earlier is just putting into it. The reading
+itself keeps no writer waiting.
 """
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ __all__ = ["SqliteChanges"]
 # What a row may hold; one that makes no sense is passed over.
 STATUSES = {status.value: status for status in (MessageStatus.CONFIRMED, MessageStatus.FAILED, MessageStatus.DELIVERED)}
 REASONS = {reason.value: reason for reason in Reason}
-STEP = 1_000  # rows that one transaction reads at the most: some milliseconds
+STEP = 1_000  # rows that are read for one body at the most: some milliseconds
 COUNTED = 10_000  # rows that are counted one by one; of more, the number is estimated
 MOMENT = 0.001  # seconds after its end when a slice is looked at
 
@@ -118,21 +120,38 @@ class SqliteChanges(ChangeOutbox):
 
     def _look(self, size: int) -> Claim[ChangeBody]:
         while (body := self._state.body) is None:
-            wait = self._wait()
-            if wait > 0.0:
-                return Claim(None, int(wait < math.inf), wait)
-            state = self._commits.change_one(self._make, size)
+            with self._commits.paused():  # what changed before is committed, and what changes later is not before this
+                limit = self._tables.changed_at()
+            with self._file.reader() as db:
+                found = db.execute(NEXT, self._state.cursor).fetchone()
+                if found is None:
+                    return Claim()
+                if found[0] >= limit:
+                    return Claim(None, 1, max(0.0, found[0] - self._clock.now()) + MOMENT)
+                state, text = self._read(db, size, limit)
+            if text is not None:
+                self._commits.change_one(self._store, (*state.cursor, text))
             with self._lock:
                 self._state = state
         return Claim(body, 1)  # how many more there are would have to be counted
 
-    def _wait(self) -> float:
-        """Seconds until the slice of the next message is closed; infinity when there is none."""
-        with self._file.reader() as db:
-            found = db.execute(NEXT, self._state.cursor).fetchone()
-        if found is None:
-            return math.inf
-        return 0.0 if found[0] < self._tables.changed_at() else max(0.0, found[0] - self._clock.now()) + MOMENT
+    def _read(self, db: sqlite3.Connection, size: int, limit: float) -> tuple[_State, str | None]:
+        """Where the cursor is after the next messages before `limit`; with a body, and as what it is stored, if some of
+        them are to be told. Without one, nothing is stored: the next process finds the same."""
+        cursor, rows = self._after(self._state), []
+        with contextlib.closing(db.execute(CLOSED, (*cursor, limit))) as found:
+            for changed_at, message_id, status, reason in found:
+                cursor = changed_at, message_id
+                if status in STATUSES:  # otherwise it was handed over
+                    rows.append((changed_at, message_id, status, reason))
+                if len(rows) == size:
+                    break
+        if not rows:
+            return _State(cursor), None
+        since, until = rows[0][0], rows[-1][0]
+        made = ChangeBody.made([_change(*row[1:]) for row in rows], self._clock.wall(), 0.0)
+        text = json.dumps([made.id, made.timestamp, since, until, [row[1:] for row in rows]])
+        return _State(cursor, self._body(made, until), since, until), text
 
     def _after(self, state: _State) -> tuple[float, str]:
         """The cursor, but for what is forgotten."""
@@ -158,26 +177,8 @@ class SqliteChanges(ChangeOutbox):
         body = self._body(ChangeBody(body_id, timestamp, changes), until)
         return [_State((changed_at, message_id), body, since, until)]
 
-    def _make(self, sizes: Sequence[int]) -> list[_State]:
-        return [self._make_one(size) for size in sizes]
-
-    def _make_one(self, size: int) -> _State:
-        """Where the cursor is after the next messages, with a body if some are to be told."""
-        cursor, rows = self._after(self._state), []
-        with contextlib.closing(self._file.writer.execute(CLOSED, (*cursor, self._tables.changed_at()))) as found:
-            for changed_at, message_id, status, reason in found:
-                cursor = changed_at, message_id
-                if status in STATUSES:  # otherwise it was handed over
-                    rows.append((changed_at, message_id, status, reason))
-                if len(rows) == size:
-                    break
-        if not rows:
-            return _State(cursor)  # not stored: the next process finds the same
-        since, until = rows[0][0], rows[-1][0]
-        made = ChangeBody.made([_change(*row[1:]) for row in rows], self._clock.wall(), 0.0)
-        text = json.dumps([made.id, made.timestamp, since, until, [row[1:] for row in rows]])
-        self._file.writer.execute(STORE, (*cursor, text))
-        return _State(cursor, self._body(made, until), since, until)
+    def _store(self, bodies: Sequence[tuple[float, str, str]]) -> list[None]:
+        return [self._file.writer.execute(STORE, body).fetchone() for body in bodies]
 
     def _forget_body(self, items: Sequence[None]) -> list[None]:
         self._file.writer.execute(TOLD)

@@ -14,6 +14,7 @@ import pytest
 from base_repository import Claim
 from change_contract import RETENTION, SETTLED, ChangeContract, claimed
 from change_outbox import Change, ChangeOutbox
+from group_commit import GroupCommit
 from helpers import HANG, Clock, every_thread_ends, until
 from message_model import Batch, MessageStatus, Reason, RepositoryUnavailableError
 from repository_contract import entries, name
@@ -386,8 +387,8 @@ def test_a_change_that_commits_while_a_body_is_made_is_told_in_the_next_one(
     """The change got its time before the slice was closed, and is committed after the claim began to look."""
     delivered(repository, 5)
     repository.save_all(entries([4]))
-    entered, gate = threading.Event(), threading.Event()
-    commit = Tables.commit
+    entered, gate, asked = threading.Event(), threading.Event(), threading.Event()
+    commit, paused = Tables.commit, GroupCommit.paused
 
     def held(tables: Tables) -> None:
         if threading.current_thread() is changing:
@@ -395,7 +396,12 @@ def test_a_change_that_commits_while_a_body_is_made_is_told_in_the_next_one(
             assert gate.wait(HANG)
         commit(tables)
 
+    def pausing(commits: GroupCommit) -> contextlib.AbstractContextManager[None]:
+        asked.set()
+        return paused(commits)
+
     monkeypatch.setattr(Tables, "commit", held)
+    monkeypatch.setattr(GroupCommit, "paused", pausing)
     changing = threading.Thread(target=repository.update_all, args=({name(4): DELIVERED},))
     changing.start()
     assert entered.wait(HANG)
@@ -403,8 +409,8 @@ def test_a_change_that_commits_while_a_body_is_made_is_told_in_the_next_one(
     told: list[str] = []
     telling = threading.Thread(target=lambda: told.extend(all_told(changes)))
     telling.start()
-    until(lambda: repository._commits._jobs or not telling.is_alive())
-    assert told == []  # it waits for the writer
+    until(lambda: asked.is_set() or not telling.is_alive())
+    assert told == []  # it waits until the change is committed
     gate.set()
     for thread in (changing, telling):
         thread.join(HANG)
