@@ -1,7 +1,7 @@
 """The changes that the shop has not been told of, in PostgreSQL: one instance at a time tells for all."""
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 import time
 import uuid
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from base_repository import Claim
 from change_outbox import GATHER, Change, ChangeBody, ChangeOutbox
+from incident_log import Incident, location
 from message_model import MessageStatus, Reason, RepositoryUnavailableError
 
 from .connections import Database
@@ -16,6 +17,8 @@ from .leases import MARGIN, monotonic
 from .telling import HAND_OVER_BODY, PENDING, RECORD, RELEASE_BODY, RENEW_BODY, TELL
 
 __all__ = ["PostgresChanges"]
+
+log = logging.getLogger("smsproxy.postgres")
 
 LEASE = 20.0  # seconds; a request may take 15, and a renewal before it some 3
 REQUEST = 15.0  # seconds, longest, that a request to the receiver takes; `holds` says yes for as long
@@ -42,6 +45,7 @@ class PostgresChanges(ChangeOutbox):
     ) -> None:  # fmt: skip
         self._database, self._owner, self._retention, self._clock = database, owner, retention, clock
         self._lease, self._lease_clock = lease, lease_clock
+        self._incident = Incident(log, "the webhook's lease cannot be renewed")
         database.run(RECORD, timeout=RECORD_TIMEOUT)
         self._lock = threading.Lock()  # guards everything below
         self._changed = threading.Condition(self._lock)  # there is a body to renew, or it is the end
@@ -98,7 +102,7 @@ class PostgresChanges(ChangeOutbox):
         self._forget(body)
 
     def pending(self) -> tuple[int, float]:
-        """See `ChangeOutbox`. Of all processes together. Behind the first thousand it counts changes, not messages."""
+        """See `ChangeOutbox`. Of all processes together. Behind the first thousand changes it estimates."""
         number, seconds = self._database.run(PENDING)[0]
         return number, max(0.0, seconds)
 
@@ -127,8 +131,14 @@ class PostgresChanges(ChangeOutbox):
 
     def _run(self) -> None:
         while (body := self._next()) is not None:
-            with contextlib.suppress(RepositoryUnavailableError):  # the next renewal, or `holds`, tells
+            try:
                 self._renew(body)
+            except RepositoryUnavailableError as error:
+                self._incident.failed(error)
+            except Exception as error:  # whatever it is, the lease has to be renewed
+                self._incident.failed(location(error))
+            else:
+                self._incident.ended()
 
     def _next(self) -> ChangeBody | None:
         """Waits for a body, and then until its lease is to be renewed; None at the end."""

@@ -141,11 +141,12 @@ UPDATE smsproxy.body SET lease_until = '-infinity', owner = '00000000-0000-0000-
 WHERE id = %s AND owner = %s::uuid
 """
 HAND_OVER_BODY = "DELETE FROM smsproxy.body WHERE id = %s AND owner = %s::uuid"
-# Counts the first thousand; the numbers of the others tell how many they are about.
+# Counts the first thousand. How many the others are about, their numbers tell, and how many messages a thousand have.
 PENDING = """
-SELECT f.number + greatest(0, coalesce((SELECT max(seq) FROM smsproxy.change), 0) - f.last)
-        + coalesce((SELECT cardinality(ids) FROM smsproxy.body), 0),
+SELECT (f.messages + greatest(0, coalesce((SELECT max(seq) FROM smsproxy.change), 0) - f.last)
+        * f.messages / greatest(1, f.changes) + coalesce((SELECT cardinality(ids) FROM smsproxy.body), 0))::bigint,
     coalesce(extract(epoch FROM clock_timestamp() - least(f.since, (SELECT since FROM smsproxy.body))), 0)::float8
-FROM (SELECT count(DISTINCT c.id) AS number, coalesce(max(c.seq), 0) AS last, min(c.changed_at) AS since
+FROM (SELECT count(DISTINCT c.id) AS messages, count(*) AS changes, coalesce(max(c.seq), 0) AS last,
+          min(c.changed_at) AS since
       FROM (SELECT * FROM smsproxy.change ORDER BY seq LIMIT 1000) c) f
 """

@@ -1,8 +1,8 @@
 """Measures what README.md quotes, on a throw-away server: python postgres/tests/figures.py [--messages 100000]
 
 Prints what a save, a look and a claim cost with so many messages that wait or are claimed; the statements of one
-process per message, and what stays in the tables with a retention of one second; and the time from the kill of one of
-two instances to the end of the last request for what was accepted.
+process per message, and what stays in the tables with a retention of one second; what the webhook costs; and the time
+from the kill of one of two instances to the end of the last request for what was accepted.
 """
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
+import psycopg  # noqa: E402
+
 import postgres.connections  # noqa: E402
 from cluster import Cluster, find_programs, run_as, until  # noqa: E402
 from fastsmsing import InMemoryClient, Message  # noqa: E402
 from message_ids import NewIds  # noqa: E402
-from message_model import Entry  # noqa: E402
+from message_model import Entry, MessageStatus  # noqa: E402
 from postgres import PostgresRepository  # noqa: E402
 from service import Load, Service  # noqa: E402
 from smsproxy import SendMessage, SmsProxy, SmsProxyConfig  # noqa: E402
@@ -119,6 +121,41 @@ def deliver(cluster: Cluster, messages: int) -> None:
         print("tables after a vacuum:", tables(cluster, url))
 
 
+def telling(cluster: Cluster) -> None:
+    """What the webhook costs those who change a status, and what it costs to make bodies and to take them out, also
+    while a transaction that stays open keeps vacuum from removing rows."""
+    urls, ids = [cluster.create(name) for name in ("silent", "telling")], NewIds()
+    with closing(PostgresRepository(urls[0])) as silent, closing(PostgresRepository(urls[1])) as told:
+        changes = told.changes()
+
+        def update(repository: PostgresRepository, count: int) -> float:
+            messages = [Message("48123456789", "Your parcel is here", ids()) for _ in range(count)]
+            assert repository.save_all([Entry(message, linger=1e6) for message in messages]) == [None] * count
+            updates = {message.message_id: MessageStatus.DELIVERED for message in messages}
+            return median(lambda: repository.update_all(updates), 1)
+
+        def tell() -> tuple[int, float]:
+            number, began = 0, time.monotonic()
+            while (body := changes.claim(100, 1.0, flush=True).batch) is not None:
+                assert changes.holds(body)
+                changes.handed_over(body)
+                number += len(body)
+            return number, time.monotonic() - began
+
+        for count in (1, 100):
+            pairs = [(update(silent, count), update(told, count)) for _ in range(200)]  # by turns
+            off, on = map(statistics.median, zip(*pairs, strict=True))
+            print(f"update of {count}: {off:.2f} ms without a webhook, {on:.2f} ms with one")
+        with psycopg.connect(urls[1]) as reader:
+            reader.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM smsproxy.change")
+            for when in ("first", "behind 20,000 dead rows", "behind 40,000 dead rows"):
+                for _ in range(20):
+                    update(told, 1_000)
+                pending = median(changes.pending, 20)
+                number, seconds = tell()
+                print(f"{number} changes, {when}: {number / seconds:.0f} a second, pending() {pending:.2f} ms")
+
+
 def in_request(service: Service) -> bool:
     """Whether the first instance has a request under way."""
     return any(request.end is None and request.instance == "instance1" for request in service.requests())
@@ -156,6 +193,7 @@ def main() -> None:
             for waiting, claimed in ((0, 0), (400, 0), (100_000, 0), (0, 400), (0, 6_400), (0, 30_000), (0, 100_000)):
                 costs(cluster, waiting, claimed)
             deliver(cluster, messages)
+            telling(cluster)
             for lease in (3.0, 30.0):
                 (Path(directory) / f"{lease}").mkdir()
                 kill(cluster, Path(directory) / f"{lease}", lease)

@@ -251,6 +251,25 @@ def test_a_body_that_waits_for_its_next_try_stays_with_its_owner(
         changes.close(time.monotonic() + HANG)
 
 
+def test_a_lease_that_may_end_before_a_request_does_is_none(
+    make: Make, settled: Callable[[], None]
+) -> None:
+    """As when the answer to its renewal took long."""
+    repository = make()
+    repository.changes().close(0.0)  # type: ignore[attr-defined]
+    changes = PostgresChanges(repository._database, uuid.uuid4(), None, time.monotonic, lease=15.0)
+    try:
+        repository.save_all(entries(range(1)))
+        repository.update_all({name(0): CONFIRMED})
+        settled()
+        body = claimed(changes)
+        assert body is not None
+        with pytest.raises(RepositoryUnavailableError):
+            changes.holds(body)
+    finally:
+        changes.close(time.monotonic() + HANG)
+
+
 def test_a_claim_whose_answer_is_lost_gives_its_body_to_the_next_one(
     make: Make, settled: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +368,9 @@ def test_many_that_wait_are_counted_about_and_cheaply(cluster: Cluster, url: str
     insert = "INSERT INTO smsproxy.change (id, status) SELECT n::text, 'FAILED' FROM generate_series(1, 5000) n"
     cluster.sql(url, insert)
     assert changes.pending()[0] == 5000
+    cluster.sql(url, "DELETE FROM smsproxy.change; INSERT INTO smsproxy.change (id, status) "
+                "SELECT (n / 2)::text, 'FAILED' FROM generate_series(2, 5001) n")  # fmt: skip
+    assert changes.pending()[0] == 2500
 
 
 def test_recording_ends_by_hand(cluster: Cluster, url: str, make: Make) -> None:

@@ -80,10 +80,10 @@ def test_an_instance_without_a_webhook_has_its_changes_told_by_one_that_has(
 
 
 def kill_the_teller(
-    cluster: Cluster, url: str, directory: Path, shop: Shop, count: int, rng: random.Random
+    cluster: Cluster, url: str, directory: Path, shop: Shop, count: int, rng: random.Random, end: signal.Signals
 ) -> tuple[float, int]:
-    """Kills, under load, the instance that has a body under way; returns the seconds until the body comes again, and
-    how many messages were told of in all."""
+    """Kills or stops, under load, the instance that has a body under way; returns the seconds until the body comes
+    again, and how many messages were told of in all."""
     directory.mkdir(exist_ok=True)
     service = Service(directory, url, count, *hooked(shop, directory)[:-4], latency=0.05)
     for instance in service.instances:  # each tells by a path of its own
@@ -96,9 +96,8 @@ def kill_the_teller(
             shop.wait_for(lambda told: len(told) > seen)
             body = shop.told[seen]
             (dies,) = (each for each in instances if f"/{each.name} " in body.line)
-            dies.signal(signal.SIGKILL)
+            dies.signal(end)
             killed = time.monotonic()
-            dies.wait()
             load.without(dies)
             shop.usually = answer(204)
             load.await_accepted(20)
@@ -109,23 +108,53 @@ def kill_the_teller(
         until(lambda: not cluster.sql(url, "SELECT FROM smsproxy.outbox"), "the last hand-over")
         until(lambda: shop.statuses == statuses(cluster, url), "the last change")
         shop.check(statuses(cluster, url))
+        if end is signal.SIGSTOP:
+            dies.signal(signal.SIGCONT)
+            until(lambda: f"another instance tells {body.id}" in dies.log, "the end of the request that was stopped")
+            shop.check(statuses(cluster, url))
         return took, len(shop.statuses)
 
 
-def test_the_body_of_an_instance_that_is_killed_is_told_by_another_as_it_was(
-    cluster: Cluster, url: str, tmp_path: Path, shop: Shop
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_body_of_an_instance_that_dies_or_hangs_is_told_by_another_as_it_was(
+    cluster: Cluster, url: str, tmp_path: Path, shop: Shop, end: signal.Signals
 ) -> None:
-    took, told = kill_the_teller(cluster, url, tmp_path, shop, 2, random.Random(1))
-    print(f"\nkilled while it told: {took:.1f} s until the body came again; {told} messages told of")
+    took, told = kill_the_teller(cluster, url, tmp_path, shop, 2, random.Random(1), end)
+    print(f"\n{end.name} while it told: {took:.1f} s until the body came again; {told} messages told of")
     assert took < LEASE + 5.0
 
 
+def test_a_stop_hands_the_body_on_at_once(cluster: Cluster, url: str, tmp_path: Path, shop: Shop) -> None:
+    """The receiver is away, so the body waits for its next try; the lease is far from its end."""
+    shop.usually = answer(503, "Retry-After: 3000")
+    service = Service(tmp_path, url, 2, *hooked(shop, tmp_path))
+    first, second = service.instances
+    try:
+        first.launch()
+        first.await_ready()
+        message_id = first.post()[1]["ID"]
+        shop.wait_for(lambda told: len(told) == 1)
+        until(lambda: "the webhook's receiver takes nothing" in first.log, "the end of the request")
+        second.launch()
+        second.await_ready()
+        shop.usually = answer(204)
+        stopped = time.monotonic()
+        first.signal(signal.SIGTERM)
+        assert first.wait() == 0
+        shop.wait_for(lambda told: len(told) >= 2)
+        assert time.monotonic() - stopped < LEASE / 2
+        assert shop.bodies.keys() == {shop.told[0].id}
+        shop.wait_for(lambda told: message_id in shop.statuses)
+    finally:
+        for instance in (first, second):
+            instance.end()
+    shop.check(statuses(cluster, url))
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("seed", range(25))
 def test_the_same_25_times_with_three_instances(
-    cluster: Cluster, url: str, tmp_path: Path, shop: Shop
+    cluster: Cluster, url: str, tmp_path: Path, shop: Shop, seed: int
 ) -> None:
-    rng = random.Random(25)
-    rounds = [kill_the_teller(cluster, url, tmp_path / f"{each}", shop, 3, rng) for each in range(25)]
-    seconds = sorted(took for took, _ in rounds)
-    print(f"\n25 kills: {rounds[-1][1]} messages told of, none backwards, 0 lost; the body came again after "
-          f"{seconds[0]:.1f} to {seconds[-1]:.1f} s")  # fmt: skip
+    took, told = kill_the_teller(cluster, url, tmp_path, shop, 3, random.Random(seed), signal.SIGKILL)
+    print(f"\n{told} messages told of, none backwards; the body came again after {took:.1f} s")
