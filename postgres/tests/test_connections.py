@@ -96,7 +96,7 @@ def test_a_repository_closes_in_a_moment_when_the_database_hangs(
         errors = [call.exception(HANG) for call in calls]
     assert took < 2.0
     assert {type(error) for error in errors} == {RepositoryUnavailableError}
-    assert len(caplog.records) <= 1  # the first renewal that failed, perhaps
+    assert len(caplog.records) <= 4  # not a line for each call; perhaps some about renewals that failed
 
 
 def test_an_error_that_nobody_expects_in_the_renewals_is_told_once(
