@@ -1,4 +1,4 @@
-"""A temporary directory for each run: runs at the same time would clean up each other's (tox runs one for each Python)."""
+"""A temporary directory for each run: those that run at the same time, as under tox, would clean up each other's."""
 from __future__ import annotations
 
 import os
