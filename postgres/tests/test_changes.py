@@ -173,6 +173,55 @@ def test_a_message_that_changes_while_its_change_is_under_way_is_told_again(
     assert [*body.changes, *tell_all(changes)] == [Change(name(0), CONFIRMED), Change(name(0), DELIVERED)]
 
 
+def await_blocked(cluster: Cluster, url: str) -> None:
+    """Returns when a statement waits for another one's lock."""
+    waiting = "SELECT pid FROM pg_stat_activity WHERE datname = 'test' AND wait_event_type = 'Lock'"
+    until(lambda: cluster.sql(url, waiting), "a statement that waits for a lock")
+
+
+def test_a_message_that_changes_between_the_look_and_the_end_of_the_claim_is_told_again(
+    cluster: Cluster, url: str, make: Make, settled: Callable[[], None]
+) -> None:
+    repository = make()
+    changes = repository.changes()
+    repository.save_all(entries(range(1)))
+    repository.update_all({name(0): CONFIRMED})
+    settled()
+    with psycopg.connect(url) as other, ThreadPoolExecutor(1) as pool:
+        # Another body, which never comes to be: the claim waits for it after it has looked.
+        values = "true, '', 0, '{}', '{}', '{}', now(), now(), gen_random_uuid(), now()"
+        other.execute(f"INSERT INTO smsproxy.body VALUES ({values})")
+        claiming = pool.submit(claimed, changes)
+        await_blocked(cluster, url)
+        repository.update_all({name(0): DELIVERED})
+        other.rollback()
+        body = claiming.result(HANG)
+    assert body is not None
+    changes.handed_over(body)
+    settled()
+    assert [*body.changes, *tell_all(changes)] == [Change(name(0), CONFIRMED), Change(name(0), DELIVERED)]
+
+
+def test_a_renewal_that_comes_before_a_take_over_keeps_the_body(
+    cluster: Cluster, url: str, make: Make, settled: Callable[[], None]
+) -> None:
+    repository = make()
+    changes, other = repository.changes(), make().changes()
+    repository.save_all(entries(range(1)))
+    repository.update_all({name(0): CONFIRMED})
+    settled()
+    body = claimed(changes)
+    assert body is not None
+    expire_lease(cluster, url)
+    with psycopg.connect(url) as renewing, ThreadPoolExecutor(1) as pool:
+        renewing.execute("UPDATE smsproxy.body SET lease_until = clock_timestamp() + interval '60 s'")
+        claiming = pool.submit(claimed, other)
+        await_blocked(cluster, url)
+        renewing.commit()
+        assert claiming.result(HANG) is None
+    assert changes.holds(body)
+
+
 def test_of_several_processes_one_tells(make: Make, settled: Callable[[], None]) -> None:
     one, other = make(), make()
     outboxes = [one.changes(), other.changes()]

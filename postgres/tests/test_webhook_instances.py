@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster, until
+from cluster import Bouncer, Cluster, until
 from postgres.changes import LEASE
 from receivers import SECRETS, Behaviour, Receiver, Told, answer, hanging, secret_line
 from service import Load, Service
@@ -79,6 +79,16 @@ def test_an_instance_without_a_webhook_has_its_changes_told_by_one_that_has(
         shop.wait_for(lambda told: shop.statuses == {message_id: "DELIVERED"})
 
 
+def test_two_instances_tell_through_pgbouncer(
+    cluster: Cluster, bouncer: Bouncer, url: str, tmp_path: Path, shop: Shop
+) -> None:
+    service = Service(tmp_path, bouncer.url(url), 2, *hooked(shop, tmp_path))
+    with service.running() as instances:
+        ids = [instance.post()[1]["ID"] for _ in range(20) for instance in instances]
+        shop.wait_for(lambda told: shop.statuses == dict.fromkeys(ids, "DELIVERED"))
+    shop.check(statuses(cluster, url))
+
+
 def kill_the_teller(
     cluster: Cluster, url: str, directory: Path, shop: Shop, count: int, rng: random.Random, end: signal.Signals
 ) -> tuple[float, int]:
@@ -105,7 +115,7 @@ def kill_the_teller(
         took = time.monotonic() - killed
         again = shop.told[seen + 1]
         assert (again.id, again.body) == (body.id, body.body)
-        until(lambda: not cluster.sql(url, "SELECT FROM smsproxy.outbox"), "the last hand-over")
+        until(lambda: not cluster.sql(url, "SELECT id FROM smsproxy.outbox"), "the last hand-over")
         until(lambda: shop.statuses == statuses(cluster, url), "the last change")
         shop.check(statuses(cluster, url))
         if end is signal.SIGSTOP:
