@@ -347,6 +347,9 @@ class Scheduler(Generic[B]):
         """Messages that are due then wait in the outbox; returns whether the next step may be another for that."""
         if not dues:
             return False
+        if self._outlook.near >= self._config.batch_size:  # a look is due already, and will see them
+            self._outlook.waiting += len(dues)
+            return False
         before = self._look_at()
         self._outlook.add(dues, now + self._horizon())
         return self._look_at() < before

@@ -75,6 +75,7 @@ class SimpleBatchingClient:
             RepositoryUnavailableError: ("database", Incident(log, "messages cannot be saved", clock=clock)),
             ClosedError: ("stopping", Incident(log, "messages are refused", level=logging.INFO, clock=clock)),
         }
+        self._refusing = False  # the last messages were refused
         self._expiry = Incident(log, "what has expired cannot be looked for", clock=clock)
         self._results: queue.Queue[ClientResult | None] = queue.Queue(RESULTS_WAITING)
         self._threads: list[threading.Thread] = []
@@ -152,9 +153,12 @@ class SimpleBatchingClient:
 
     def _count_refusals(self, errors: Sequence[Exception | None]) -> None:
         if not any(errors):
-            for _, incident in self._refusals.values():
-                incident.ended()
+            if self._refusing:
+                self._refusing = False
+                for _, incident in self._refusals.values():
+                    incident.ended()
             return
+        self._refusing = True
         for kind, (cause, incident) in self._refusals.items():
             if refused := [error for error in errors if isinstance(error, kind)]:
                 self._metrics.refused.add(len(refused), cause)

@@ -69,7 +69,8 @@ class Server(Front, Protocol):
 
     application: Application
     now: float  # of this iteration, by time.monotonic()
-    responded: dict[tuple[str, float], int]  # this iteration's responses, by route and when their request was whole
+    # Responses that are not counted yet, by route, status and when their request was whole.
+    responded: dict[tuple[str, int, float], int]
     date: bytes  # the header of this second, and the end of a head
     logs_responses: bool  # the log takes debug messages
     large_bodies: int  # bytes, together, of the large bodies that have no response yet
@@ -169,9 +170,8 @@ class Exchange:
             head += header_lines(headers)
         response = head + loop.date if request.method == "HEAD" else head + loop.date + body
         connection.send(response, last, self._deferred)
-        loop.responses[self.route, status] += 1
-        since = self.route, self._began
-        loop.responded[since] = loop.responded.get(since, 0) + 1
+        counted = self.route, status, self._began
+        loop.responded[counted] = loop.responded.get(counted, 0) + 1
         if loop.logs_responses:
             client = f" ({self.client})" if self.client else ""
             log.debug("%s%s %s %d", connection.address, client, self._shown, status)

@@ -187,7 +187,7 @@ class FrontServer(HTTPServer):
         self.stopping = False
         self.responses: Counter[tuple[str, int]] = Counter()
         self.durations: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * (len(DURATIONS) + 2))
-        self.responded: dict[tuple[str, float], int] = {}
+        self.responded: dict[tuple[str, int, float], int] = {}
         self.now, self.soonest = clock(), NEVER
         self.logs_responses = False
         self.large_bodies = 0
@@ -333,6 +333,8 @@ class FrontServer(HTTPServer):
                 for connection in resumed:
                     self._guard(connection.advance)
                 self._guard(self.application.end_iteration, self)
+            if self.responded:
+                self._count_responses()
             if not self.active:
                 break
             active, self.active = self.active, {}
@@ -342,15 +344,14 @@ class FrontServer(HTTPServer):
                         connection.end_iteration()  # which may serve requests that waited for it
                     except Exception:
                         self._failed(connection.end_iteration)
-        if self.responded:
-            self._count_durations()
         if self._acceptor.full and self.idle:
             self._acceptor.start()
 
-    def _count_durations(self) -> None:
-        """Counts how long the responses of this iteration took; those of requests that came together count as one."""
+    def _count_responses(self) -> None:
+        """Counts responses, before they leave, and how long they took; those of requests that came together as one."""
         now = self._clock()
-        for (route, began), count in self.responded.items():
+        for (route, status, began), count in self.responded.items():
+            self.responses[route, status] += count
             row = self.durations[route]
             row[bisect_left(DURATIONS, now - began)] += count
             row[-1] += (now - began) * count

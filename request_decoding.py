@@ -67,7 +67,10 @@ def message_of(doc: Any, defaults: Mapping[str, Any]) -> SendMessage:
         raise HttpError(HTTPStatus.BAD_REQUEST, "a message must be a JSON object")
     found: dict[str, Any] = {}
     for name, value in doc:
-        found[_field(name, found)] = math.nan if value is None else value  # null is no value: None would be the default
+        field = FIELD_OF.get(name)
+        if field is None or field in found:  # otherwise `_field` would say the same
+            field = _field(name, found)
+        found[field] = math.nan if value is None else value  # null is no value: None would be the default
     if defaults:
         found = {**defaults, **found}
     try:
