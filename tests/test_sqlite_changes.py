@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from base_repository import Claim
-from change_contract import RETENTION, SETTLED, ChangeContract, claimed
+from change_contract import RETENTION, SETTLED, DurableChangeContract, claimed
 from change_outbox import Change, ChangeOutbox
 from group_commit import GroupCommit
 from helpers import HANG, Clock, every_thread_ends, until
@@ -76,7 +76,7 @@ def all_told(changes: ChangeOutbox) -> list[str]:
     return told
 
 
-class TestInSqlite(ChangeContract):
+class TestInSqlite(DurableChangeContract):
     @pytest.fixture
     def repository(self, path: Path, clock: Clock) -> Iterator[SqliteRepository]:
         with opened(path, RETENTION, clock=clock, wall_clock=lambda: 1.8e9 + clock()) as repository:

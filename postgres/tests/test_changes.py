@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from base_repository import Claim, Repository
-from change_contract import RETENTION, SETTLED, ChangeContract, claimed
+from change_contract import RETENTION, SETTLED, DurableChangeContract, claimed
 from change_outbox import Change, ChangeOutbox
 from cluster import HANG, Cluster, let_pass, until
 from message_model import MessageStatus, RepositoryUnavailableError
@@ -27,7 +27,7 @@ CONFIRMED, FAILED, DELIVERED = MessageStatus.CONFIRMED, MessageStatus.FAILED, Me
 CONTRACT_LEASE = 10 * RETENTION  # seconds; far longer than anything that passes
 
 
-class TestPostgresChanges(ChangeContract):
+class TestPostgresChanges(DurableChangeContract):
     @pytest.fixture
     def made(self) -> Iterator[list[PostgresRepository]]:
         made: list[PostgresRepository] = []
