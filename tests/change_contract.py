@@ -29,7 +29,7 @@ def claimed(changes: ChangeOutbox, size: int = 100) -> ChangeBody | None:
 
 
 class ChangeContract:
-    """Fixtures to override: `repository`, which keeps messages for `RETENTION`, and `age`, which lets time pass for it."""
+    """Fixtures to override: `repository`, which keeps messages for `RETENTION`, and `age`, which lets seconds pass."""
 
     @pytest.fixture
     def repository(self) -> Any:
