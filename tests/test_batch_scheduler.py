@@ -103,6 +103,18 @@ def test_a_batch_size_and_attempts_below_one_count_as_one_and_some_settings_may_
     assert SmsProxyConfig(max_attempts=None).max_attempts is None
 
 
+WRONG_TYPES: dict[str, dict[str, Any]] = {"senders": {"senders": "5"}, "max_delay": {"max_delay": "5"}}
+
+
+@pytest.mark.parametrize(
+    ("field", "problem"), [("senders", "must be a whole number"), ("max_delay", "must be a number")]
+)
+def test_a_setting_of_another_type_is_told_its_type(field: str, problem: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SmsProxyConfig(**WRONG_TYPES[field])
+    assert caught.value.problem == problem
+
+
 # The horizon
 
 
@@ -216,6 +228,19 @@ def test_half_of_what_may_be_pending_leaves_however_patient() -> None:
     assert scheduler.next(0.0) == Look(10, math.inf)
     scheduler.claimed(Claim(None, 9, 3600.0, near=9), 0.0)
     assert scheduler.next(0.0) == 3600.0
+
+
+def test_of_several_patient_messages_the_first_may_make_a_batch_full() -> None:
+    scheduler = scheduler_of(batch_size=2, max_delay=5.0, senders=1)
+    save(scheduler, 3600.0, 1800.0, 7200.0)
+    assert scheduler.next(0.0) == 1800.0 - 6.5
+
+
+def test_a_count_that_is_too_high_does_not_make_it_look_again_at_once() -> None:
+    scheduler = scheduler_of(max_delay=None, poll=1.0)
+    assert isinstance(scheduler.next(1.5), Look)
+    scheduler.claimed(Claim(None, waiting=500, near=3), 1.5)  # a shared outbox was counted a moment ago
+    assert scheduler.next(1.5) == 1.5
 
 
 def test_messages_of_other_processes_are_looked_for_at_random_times() -> None:
