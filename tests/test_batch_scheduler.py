@@ -309,6 +309,11 @@ def test_one_bad_batch_in_the_night_does_not_hold_up_a_code() -> None:
     claim(scheduler, now + 1.0, "code")
 
 
+def test_a_breaker_that_never_opened_has_counted_nothing_and_holds_up_nobody() -> None:
+    breaker = CircuitBreaker(SmsProxyConfig(), lambda: 1.0)
+    assert (breaker.open, breaker.requests, breaker.wait(0.0), breaker.open_for(0.0)) == (False, 0, 0.0, 0.0)
+
+
 def test_a_probe_that_hangs_gives_up_its_place() -> None:
     scheduler = scheduler_of(batch_size=1, backoff_base=1.0)
     save(scheduler, 0.0, 0.0)
