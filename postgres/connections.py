@@ -40,13 +40,17 @@ SELECT set_config('statement_timeout', %s, true), set_config('enable_seqscan', '
 """
 
 
+class NoAnswerError(psycopg.OperationalError):
+    """The server, or what stands between, did not answer in time, and the connection was given up."""
+
+
 class _Connection(psycopg.Connection[Any]):
     """A connection whose waits end at `deadline`, a time of `time.monotonic`."""
 
     deadline = math.inf  # set by `Database`, by the thread that runs a statement and by one that ends it
 
     def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
-        """See psycopg; raises `OperationalError` after the deadline, and then is of no use any more."""
+        """See psycopg; raises `NoAnswerError` after the deadline, and then is of no use any more."""
         return super().wait(self._bounded(gen), *args, **options)
 
     def _bounded(self, gen: Any) -> Any:
@@ -56,7 +60,7 @@ class _Connection(psycopg.Connection[Any]):
                 ready = yield wanted
                 if not ready and time.monotonic() > self.deadline:  # psycopg looks up ten times a second
                     self.pgconn.finish()
-                    raise psycopg.OperationalError("no answer in time")
+                    raise NoAnswerError
                 wanted = gen.send(ready)
         except StopIteration as end:
             return end.value
@@ -226,6 +230,7 @@ def _unavailable(error: psycopg.Error) -> RepositoryUnavailableError:
     kinds: tuple[tuple[type[Exception], str], ...] = (
         (errors.ReadOnlySqlTransaction, "the database is read-only, perhaps a standby"),
         (errors.QueryCanceled, "the database is too slow: a statement was cancelled"),
+        (NoAnswerError, "the database is too slow: no answer in time"),
     )
     what = next((text for kind, text in kinds if isinstance(error, kind)), "the database fails")
     return RepositoryUnavailableError(f"{what} ({type(error).__name__} {error.sqlstate or 'without SQLSTATE'})")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cluster import Bouncer, Cluster, Passage, find_programs, run_as
+import postgres.repository
+from cluster import HANG, Bouncer, Cluster, Passage, find_programs, run_as
 from postgres import PostgresRepository
 from repositories import LEASE, Make
 
@@ -32,6 +33,12 @@ def cluster() -> Iterator[Cluster]:
 def database(cluster: Cluster) -> str:
     """The URL of the one database: to make one takes longer than most tests."""
     return cluster.create("test")
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that other tests keep busy is no sick database. The tests of limits set limits of their own."""
+    monkeypatch.setattr(postgres.repository, "CHECK_TIMEOUT", HANG)
 
 
 @pytest.fixture
