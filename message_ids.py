@@ -13,6 +13,10 @@ _SHAPE = "xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx"
 _TO_SHAPE = str.maketrans("0123456789abcdef", "x" * 16, "x")
 
 _VARIANTS = dict(zip("0123456789abcdef", 4 * "89ab", strict=True))  # RFC 9562, 4.1: the variant's bits are 10
+_TO_VARIANT = 64 * b"89ab"  # of a random byte
+_TAIL = b"7xxx-vxxx-xxxxxxxxxxxx\n"  # what is behind the time: the version, the variant, and random digits
+_RANDOM = [place for place, digit in enumerate(_TAIL) if digit == ord("x")]
+_AT_ONCE = 256
 
 
 class NewIds:
@@ -43,9 +47,13 @@ class NewIds:
 
     @staticmethod
     def _random_tails() -> list[str]:
-        digits = os.urandom(19 * 256 // 2).hex()
-        parts = [digits[start : start + 19] for start in range(0, len(digits), 19)]
-        return [f"7{part[:3]}-{_VARIANTS[part[3]]}{part[4:7]}-{part[7:]}" for part in parts]
+        """Many at a time, digit by digit: a place of all of them is one slice, which costs a quarter of their slices."""
+        digits = os.urandom(_AT_ONCE * len(_RANDOM) // 2).hex().encode()
+        tails = bytearray(_TAIL * _AT_ONCE)
+        for number, place in enumerate(_RANDOM):
+            tails[place :: len(_TAIL)] = digits[number * _AT_ONCE : (number + 1) * _AT_ONCE]
+        tails[_TAIL.index(b"v") :: len(_TAIL)] = os.urandom(_AT_ONCE).translate(_TO_VARIANT)
+        return tails.decode().split()
 
 
 def id_of_key(key: str) -> str:
