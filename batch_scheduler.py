@@ -280,6 +280,7 @@ class Scheduler(Generic[B]):
         self._last_horizon = 0.0
         self._look_by = -math.inf  # whatever the outlook is: there may be messages from before the start
         self._outlook = Outlook(waiting=1)
+        self._told = -math.inf  # when the look is that the last step waits for
         self._saving = 0  # groups of messages that are being saved
 
     @property
@@ -302,6 +303,7 @@ class Scheduler(Generic[B]):
 
     def next(self, now: float) -> Step[B]:
         """The next step. A job is under way from now on, a look until `claimed`."""
+        self._told = -math.inf
         if len(self._under_way) >= self._config.senders or (self.draining and self._durable):
             return math.inf
         if wait := self.breaker.wait(now):
@@ -314,7 +316,8 @@ class Scheduler(Generic[B]):
         if now >= look_at:
             self._looking, self._outlook = Look(self._config.batch_size, self._horizon(), self.draining), Outlook()
             return self._looking
-        return min(look_at + ALMOST / 2, min((job.not_before for job in self._ready), default=math.inf)) - now
+        self._told = look_at + ALMOST / 2
+        return min(self._told, min((job.not_before for job in self._ready), default=math.inf)) - now
 
     def _begin(self, job: Job[B], now: float) -> Job[B]:
         self._ready.remove(job)
@@ -339,20 +342,23 @@ class Scheduler(Generic[B]):
         return not self.closed
 
     def saved(self, lingers: Sequence[float], now: float) -> bool:
-        """Messages with these lingers were; returns whether the next step may be another for that."""
+        """Messages with these lingers were; returns whether the next step is another than the last one for that."""
         self._saving -= 1
         return self.waits([now + linger for linger in lingers], now) or self.draining
 
     def waits(self, dues: Sequence[float], now: float) -> bool:
-        """Messages that are due then wait in the outbox; returns whether the next step may be another for that."""
+        """Messages that are due then wait in the outbox; returns whether the next step is another than the last one
+        for that, once: whoever is told asks for it."""
         if not dues:
             return False
         if self._outlook.near >= self._config.batch_size:  # a look is due already, and will see them
             self._outlook.waiting += len(dues)
             return False
-        before = self._look_at()
         self._outlook.add(dues, now + self._horizon())
-        return self._look_at() < before
+        sooner = self._look_at() < self._told
+        if sooner:
+            self._told = -math.inf
+        return sooner
 
     def claimed(self, claim: Claim[B], now: float) -> None:
         """What a look found. What was saved meanwhile may be in it or not."""

@@ -29,13 +29,13 @@ SLICE = 50  # messages that are checked at a time, which takes a fraction of a m
 class BulkRequests:
     """Serves the lists in order of arrival. In the loop's thread."""
 
-    def __init__(self, proxy: SmsProxy) -> None:
+    def __init__(self, proxy: SmsProxy, asking: list[Group[Any, Any]]) -> None:
         self._proxy = proxy
         self._waiting: deque[Exchange] = deque()
         self._under_way: Exchange | None = None  # what is being decoded
         self._steps: Iterator[None] = iter(())
         self._group: Group[list[Entry], None] = Group(
-            self._accept, self._accepted, blocking=proxy.blocking, lanes=LANES, most=1)  # fmt: skip
+            asking, self._accept, self._accepted, blocking=proxy.blocking, lanes=LANES, most=1)  # fmt: skip
         self.lanes = self._group.lanes
 
     def handle(self, exchange: Exchange) -> None:
@@ -46,8 +46,7 @@ class BulkRequests:
         self._waiting.append(exchange)
 
     def end_iteration(self, front: Front) -> None:
-        """Has what is decoded accepted, and begins with the next list."""
-        self._group.ask(front)
+        """Begins with the next list, once the last one is decoded and there is a lane for it."""
         while self._waiting and self._under_way is None and not self._group.busy:
             exchange = self._waiting.popleft()
             if exchange.over:  # nobody would get to know the IDs

@@ -180,8 +180,7 @@ class Connection:
     def send(self, response: bytes, last: bool, deferred: bool) -> None:
         """See `Carrier`."""
         self.state, self._restarts = TRANSITIONS[self.state][LAST_RESPONSE if last else RESPONSE], True
-        self.exchange = None  # nothing of a body is kept while the connection is idle
-        self.parser.request.body = b""
+        self.exchange = None
         self._out += response
         if deferred:
             self.loop.active[self] = None

@@ -134,9 +134,10 @@ def map_to_internal_status(status: object) -> MessageStatus:
 # Values
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SendMessage:
-    """What a caller wants sent. Its `repr` shows nothing of it, so that logs stay private.
+    """What a caller wants sent. Its `repr` shows nothing of it, so that logs stay private. Not frozen, which would cost
+    a fiftieth of a POST: whoever takes one makes an `Entry` of it and keeps nothing.
 
     `max_delay`: seconds that it may linger for a batch. `max_age`: seconds after which it is not sent any more.
     None: the service's default.

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from http_exchange import Exchange, Front
 
@@ -18,14 +18,15 @@ class Group(Generic[Item, Result]):
     """What the requests of one iteration of the loop ask for, asked for together at its end. In the loop's thread.
 
     If that may block it is done in a worker, `lanes` groups at a time; what comes while all lanes are busy shares the
-    next group, of `most` items at the most.
+    next group, of `most` items at the most. `asking` are the groups that are to be asked for at the end of the
+    iteration: one that something is added to joins them.
     """
 
     def __init__(
-        self, ask: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        self, asking: list[Group[Any, Any]], ask: Callable[[Sequence[Item]], Sequence[Result | Exception]],
         respond: Callable[[Exchange, Item, Result], None], *, blocking: bool, lanes: int = LANES, most: int = MOST,
     ) -> None:  # fmt: skip
-        self._ask_all, self._respond, self._most = ask, respond, most
+        self._asking, self._ask_all, self._respond, self._most = asking, ask, respond, most
         self.lanes = lanes if blocking else 0
         self.waiting: list[tuple[Exchange, Item]] = []  # for the end of the iteration, or for a lane
         self._under_way = 0
@@ -33,6 +34,8 @@ class Group(Generic[Item, Result]):
     def add(self, exchange: Exchange, item: Item) -> None:
         """Defers the exchange until `respond` gets the result for the item."""
         exchange.defer()
+        if not self.waiting:
+            self._asking.append(self)
         self.waiting.append((exchange, item))
 
     def ask(self, front: Front) -> None:

@@ -177,13 +177,17 @@ class RestApi:
         self._page_headers = page_headers(self.files["/"])
         self.set_api_keys(api_keys)
         blocking = proxy.blocking
-        self._posts: Group[Entry, None] = Group(proxy.accept_all, self._accepted, blocking=blocking)
-        self._statuses = Group(lambda ids: [self._status_body(each) for each in ids], self._found, blocking=blocking)
-        self._cancels = Group(self._cancel_all, self._cancelled, blocking=blocking)
+        self._asking: list[Group[Any, Any]] = []  # for the end of this iteration
+        asking = self._asking
+        self._posts: Group[Entry, None] = Group(asking, proxy.accept_all, self._accepted, blocking=blocking)
+        self._statuses = Group(asking, self._status_bodies, self._found, blocking=blocking)
+        self._cancels = Group(asking, self._cancel_all, self._cancelled, blocking=blocking)
         # One at a time, and its result for all who ask meanwhile: anybody may ask.
-        self._healths = Group(lambda asks: [proxy.health()] * len(asks), self._healthy, blocking=blocking, lanes=1)
-        self._figures = Group(self._measure, self._measured, blocking=blocking, lanes=1)
-        self._bulks, reports = BulkRequests(proxy), PushedReports(receiver) if receiver else None
+        self._healths = Group(asking, lambda asks: [proxy.health()] * len(asks), self._healthy,
+                              blocking=blocking, lanes=1)  # fmt: skip
+        self._figures = Group(asking, self._measure, self._measured, blocking=blocking, lanes=1)
+        self._bulks = BulkRequests(proxy, asking)
+        reports = PushedReports(receiver, asking) if receiver else None
         self._groups: tuple[Group[Any, Any], ...] = (
             self._posts, self._statuses, self._cancels, self._healths, self._figures,
             *([reports.group] if reports else []))  # fmt: skip
@@ -258,9 +262,8 @@ class RestApi:
 
     def end_iteration(self, front: Front) -> None:
         """Asks the domain for what the requests of this iteration want, as groups."""
-        for group in self._groups:
-            if group.waiting:
-                group.ask(front)
+        while self._asking:
+            self._asking.pop().ask(front)
         self._bulks.end_iteration(front)
 
     def _authorized(self, request: Request) -> str:
@@ -299,6 +302,9 @@ class RestApi:
         status = self.proxy.get_status(message_id)
         reason = self.proxy.get_reason(message_id) if status is MessageStatus.FAILED else None
         return STATUS_BODIES[status] if reason is None else _json({"Status": status.value, "Reason": reason.value})
+
+    def _status_bodies(self, ids: Sequence[str]) -> list[bytes]:
+        return [self._status_body(message_id) for message_id in ids]
 
     def _found(self, exchange: Exchange, message_id: str, body: bytes) -> None:
         exchange.respond(200, body)

@@ -154,6 +154,7 @@ def test_without_messages_there_is_nothing_to_do() -> None:
 
 def test_a_message_is_looked_for_when_it_is_due_and_not_before() -> None:
     scheduler = scheduler_of()
+    assert scheduler.next(0.0) == math.inf
     assert save(scheduler, 5.0, now=1.0)
     assert scheduler.next(1.0) == 5.0
     assert isinstance(scheduler.next(6.0), Look)
@@ -161,8 +162,31 @@ def test_a_message_is_looked_for_when_it_is_due_and_not_before() -> None:
 
 def test_only_what_changes_the_next_look_is_news() -> None:
     scheduler = scheduler_of(batch_size=4, max_delay=5.0)
-    assert [save(scheduler, linger) for linger in (5.0, 60.0, 5.0, 1.0, 600.0, 5.0, 0.0)] == [
-        True, False, False, True, False, True, False]  # fmt: skip
+    for linger, news in ((5.0, True), (60.0, False), (5.0, False), (1.0, True), (600.0, False), (5.0, True)):
+        scheduler.next(0.0)
+        assert save(scheduler, linger) is news
+    assert isinstance(scheduler.next(0.0), Look)
+    assert not save(scheduler, 0.0)  # during a look, and what follows it is asked for anyway
+
+
+def test_news_are_told_once() -> None:
+    scheduler = scheduler_of()
+    scheduler.next(0.0)
+    assert [save(scheduler, linger) for linger in (5.0, 4.0, 3.0)] == [True, False, False]
+    assert scheduler.next(0.0) == 3.0
+    assert save(scheduler, 2.0)
+
+
+def test_no_message_is_news_while_no_request_may_start() -> None:
+    scheduler = scheduler_of(senders=1, batch_size=1)
+    save(scheduler, 0.0)
+    job = claim(scheduler, 0.0, "a")
+    assert scheduler.next(0.0) == math.inf
+    assert not save(scheduler, 0.0)
+    fail(scheduler, job, 0.0)
+    assert scheduler.next(0.0) == 0.5
+    assert not save(scheduler, 0.0)
+    begin(scheduler, 0.5, "a")
 
 
 def test_a_code_is_looked_for_before_the_newsletter_that_came_before_it() -> None:
@@ -260,6 +284,7 @@ def test_no_more_jobs_are_under_way_than_there_are_senders() -> None:
 
 def test_what_is_put_back_into_the_outbox_is_looked_for() -> None:
     scheduler = scheduler_of()
+    scheduler.next(1.0)
     assert scheduler.waits([7.0], 1.0)
     assert scheduler.next(1.0) == 6.0
 
