@@ -206,7 +206,7 @@ class Entry:
     accepted_at: float = 0.0
     due: float = 0.0  # the batch that it is in leaves now, full or not
     expires_at: float = math.inf  # it is not sent any more
-    place: int = 0  # in the order of acceptance; the repository's own
+    place: int = 0  # in the order of acceptance, while it is in the outbox; the repository's own
 
 
 @dataclass(frozen=True, slots=True)
