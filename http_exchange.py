@@ -104,15 +104,15 @@ class Carrier(Protocol):
 class Exchange:
     """One request and the way back for its response. It ends with the response, or with the connection."""
 
-    # Defaults of the class, since most exchanges have no other values and setting them costs a fiftieth of a POST.
-    route = "other"  # what the response is counted as
-    client = ""  # who sent the request, for the log
-    _deferred = False
-    _handler: Handler | None = None  # once the head has been judged before the body came
-    _large = 0  # bytes of the body that count as large
+    __slots__ = ("_began", "_connection", "_deferred", "_handler", "_large", "client", "request", "route")
 
     def __init__(self, request: Request, connection: Carrier) -> None:
-        self.request, self._connection, self._began = request, connection, connection.loop.now
+        self.request = request
+        self.route = "other"  # what the response is counted as
+        self.client = ""  # who sent it, for the log
+        self._connection, self._deferred, self._began = connection, False, connection.loop.now
+        self._handler: Handler | None = None  # once the head has been judged before the body came
+        self._large = 0  # bytes of the body that count as large
 
     @property
     def front(self) -> Front:
@@ -201,16 +201,17 @@ class Exchange:
             if connection.exchange is self and not self._deferred:
                 raise RuntimeError("the handler gave no response")
         except (Exception, SystemExit) as error:  # a worker may bring the exit of another thread
-            self._failed(error)
+            self.failed(error)
 
     def finish(self, call: Callable[..., None], *args: Any) -> None:
         """Runs `call(self, *args)`, which makes a deferred response, within the same boundary."""
         try:
             call(self, *args)
         except (Exception, SystemExit) as error:
-            self._failed(error)
+            self.failed(error)
 
-    def _failed(self, error: BaseException) -> None:
+    def failed(self, error: BaseException) -> None:
+        """What makes the response raised this: it becomes the response, unless there was one already."""
         connection = self._connection
         if connection.exchange is not self:  # a second response would pass for the next request's
             log.error("%s failed after its response", self._shown, exc_info=error)

@@ -213,9 +213,7 @@ class InMemoryRepository(Repository):
     def get(self, message_id: str) -> MessageStatus:
         """See `Repository`."""
         record = self._records.get(message_id)  # a dict look-up is atomic
-        if isinstance(record, Entry):
-            return MessageStatus.ACCEPTED
-        return MessageStatus.NOT_FOUND if record is None or record[2] <= self._clock() else record[0]
+        return MessageStatus.NOT_FOUND if record is None else self._status(record, self._clock())
 
     def reason(self, message_id: str) -> Reason | None:
         """See `Repository`."""
@@ -228,17 +226,19 @@ class InMemoryRepository(Repository):
         changed: dict[MessageStatus | Reason, list[str]] = {}
         left: list[Entry] = []
         with self._lock:
-            now, records = self._clock(), self._records
+            now, records, allowed = self._clock(), self._records, False
+            last_record: object = self  # and update; most have the same, and so the same answer
+            last_update, current = None, MessageStatus.NOT_FOUND
             for message_id, update in updates.items():
-                record, current = records.get(message_id), MessageStatus.NOT_FOUND
-                if isinstance(record, Entry):
-                    current = MessageStatus.ACCEPTED
-                elif record is not None and record[2] > now:
-                    current = record[0]
-                if STATUS_OF[update] in TRANSITIONS[current]:
-                    changed.setdefault(update, []).append(message_id)
-                    if isinstance(record, Entry):
-                        left.append(record)
+                record = records.get(message_id)
+                if record is not last_record or update is not last_update:
+                    last_record, last_update, current = record, update, self._status(record, now)
+                    if allowed := STATUS_OF[update] in TRANSITIONS[current]:
+                        ids = changed.setdefault(update, [])
+                        if isinstance(record, Entry):
+                            left.append(record)
+                if allowed:
+                    ids.append(message_id)
                     continue
                 try:
                     check_transition(message_id, current, STATUS_OF[update])
@@ -339,6 +339,12 @@ class InMemoryRepository(Repository):
                 return None
             return max(0.0, slices[0][0] - now) if slices else self._retention
 
+    @staticmethod
+    def _status(record: Entry | Record | None, now: float) -> MessageStatus:
+        if isinstance(record, Entry):
+            return MessageStatus.ACCEPTED
+        return MessageStatus.NOT_FOUND if record is None or record[2] <= now else record[0]
+
     def _keep_fingerprint(self, entry: Entry, message_id: str) -> None:
         if entry.fingerprint is not None:
             self._fingerprints[message_id] = entry.fingerprint
@@ -366,7 +372,9 @@ class InMemoryRepository(Repository):
             self._shared[update] = record
         records = self._records
         if self._retention:
-            self._slices[-1][1].extend([each for each in ids if _forget_at(records[each]) != record[2]])
+            found = map(records.__getitem__, ids)
+            self._slices[-1][1].extend([each for each, before in zip(ids, found, strict=True)
+                                        if isinstance(before, Entry) or before[2] != record[2]])  # fmt: skip
         for message_id in ids:
             records[message_id] = record
         if self._changes is not None and record[0] is not MessageStatus.ACCEPTED:

@@ -73,7 +73,10 @@ class Group(Generic[Item, Result]):
         self, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
     ) -> None:
         for (exchange, item), result in zip(waiting, results, strict=True):
-            if isinstance(result, BaseException):
-                exchange.finish(Exchange.fail, result)
-            else:
-                exchange.finish(self._respond, item, result)
+            try:  # in place of `Exchange.finish`, whose calls cost a hundredth of a POST
+                if isinstance(result, BaseException):
+                    exchange.fail(result)
+                else:
+                    self._respond(exchange, item, result)
+            except (Exception, SystemExit) as error:
+                exchange.failed(error)

@@ -136,12 +136,18 @@ class Histogram(Metric):
         self._rows = {value: [0.0] * (len(bounds) + 2) for value in values}
 
     def observe(self, observed: Iterable[float], value: str = "") -> None:
-        """Adds these."""
+        """Adds these. It looks for the bounds among them, since a batch has more of them than there are bounds."""
+        ordered, counted = sorted(observed), 0
         with self._lock:
             row = self._rows[value]
-            for each in observed:
-                row[bisect.bisect_left(self._bounds, each)] += 1
-                row[-1] += each
+            for place, bound in enumerate(self._bounds):
+                if counted == len(ordered):
+                    break
+                upto = bisect.bisect_right(ordered, bound)
+                row[place] += upto - counted
+                counted = upto
+            row[-2] += len(ordered) - counted
+            row[-1] += sum(ordered)
 
     def load(self, rows: Mapping[str, Sequence[float]]) -> None:
         """Takes over what was counted elsewhere: for values of the label the counts of each bucket, of what exceeds
