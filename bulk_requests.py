@@ -29,13 +29,13 @@ SLICE = 50  # messages that are checked at a time, which takes a fraction of a m
 class BulkRequests:
     """Serves the lists in order of arrival. In the loop's thread."""
 
-    def __init__(self, proxy: SmsProxy, asking: list[Group[Any, Any]]) -> None:
+    def __init__(self, proxy: SmsProxy) -> None:
         self._proxy = proxy
         self._waiting: deque[Exchange] = deque()
         self._under_way: Exchange | None = None  # what is being decoded
         self._steps: Iterator[None] = iter(())
         self._group: Group[list[Entry], None] = Group(
-            asking, self._accept, self._accepted, blocking=proxy.blocking, lanes=LANES, most=1)  # fmt: skip
+            self._accept, self._accepted, blocking=proxy.blocking, lanes=LANES, most=1, freed=self._begin)  # fmt: skip
         self.lanes = self._group.lanes
 
     def handle(self, exchange: Exchange) -> None:
@@ -44,9 +44,10 @@ class BulkRequests:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "too many lists at a time", {"Retry-After": "1"})
         exchange.defer()
         self._waiting.append(exchange)
+        exchange.front.at_end(self._begin)
 
-    def end_iteration(self, front: Front) -> None:
-        """Begins with the next list, once the last one is decoded and there is a lane for it."""
+    def _begin(self, front: Front) -> None:
+        """Begins with the next list, if the last one is decoded and the repository is ready for it."""
         while self._waiting and self._under_way is None and not self._group.busy:
             exchange = self._waiting.popleft()
             if exchange.over:  # nobody would get to know the IDs
@@ -62,6 +63,8 @@ class BulkRequests:
             exchange.finish(self._advance)
             if self._under_way is not None:
                 front.call_soon(self._step, front)
+            else:
+                front.at_end(self._begin)
 
     def _advance(self, exchange: Exchange) -> None:
         for _ in self._steps:

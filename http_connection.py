@@ -121,8 +121,8 @@ class Connection:
                 self._wait_for_more()
                 return
             self.state, self._restarts = TRANSITIONS[self.state][REQUEST], True
-            exchange, self._awaited = self._awaited or Exchange(request, self), None
-            self.exchange = exchange
+            self.exchange = exchange = self._awaited or Exchange(request, self)
+            self._awaited = None
             exchange.handle()
 
     def end_iteration(self) -> None:

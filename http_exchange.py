@@ -46,6 +46,10 @@ class Front(Protocol):
     def submit(self, work: Callable[..., None], *args: Any) -> None:
         """Runs `work(*args)`, which may block, in one of the front's worker threads."""
 
+    def at_end(self, call: Callable[[Front], None]) -> None:
+        """Runs `call` with the front at the end of this iteration of the loop, when the requests of all connections
+        have been read and before the responses are sent: what can be done for many of them together is done then."""
+
 
 class Application(Protocol):
     """What responds to requests. All of it is called in the loop's thread, and must not block."""
@@ -58,10 +62,6 @@ class Application(Protocol):
 
     def shown(self, request: Request) -> str:
         """The request's path as the log may show it."""
-
-    def end_iteration(self, front: Front) -> None:
-        """The requests of an iteration of the loop have been read: what can be done for all of them together is
-        done now, before the responses are sent. Called again when that makes other requests possible."""
 
 
 class Server(Front, Protocol):

@@ -29,7 +29,7 @@ from selectors import EVENT_READ as READ
 from typing import Any
 
 from http_connection import Connection
-from http_exchange import DURATIONS, Application
+from http_exchange import DURATIONS, Application, Front
 from http_protocol import CLOSED, NEVER, Limits, State, parse_headers, timeouts
 
 __all__ = ["FrontServer"]
@@ -195,6 +195,7 @@ class FrontServer(HTTPServer):
         self._date_until = 0.0
         self.active: dict[Connection, None] = {}
         self.resumed: list[Connection] = []
+        self._ending: list[Callable[[Front], None]] = []
         self.idle: OrderedDict[Connection, None] = OrderedDict()
         self._connections: set[Connection] = set()
         self._deadline = NEVER  # when a shutdown drops what is still open
@@ -230,8 +231,7 @@ class FrontServer(HTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serves until `shutdown`, then until every running request has its response."""
         while not self.stopping or self._connections:
-            wait = None if self.soonest == NEVER else min(max(0.0, self.soonest - self._clock()), LONGEST_WAIT)
-            self.iterate(self.selector.select(wait))
+            self.iterate(self.selector.select(min(self.soonest - self.now, LONGEST_WAIT)))
 
     def iterate(self, events: Sequence[tuple[selectors.SelectorKey, int]]) -> None:
         """One iteration of the loop: handles what has become ready, and the deadlines that are past."""
@@ -276,6 +276,10 @@ class FrontServer(HTTPServer):
     def submit(self, work: Callable[..., None], *args: Any) -> None:
         """Runs `work(*args)`, which may block, in one of the workers."""
         self._workers.submit(work, *args)
+
+    def at_end(self, call: Callable[[Front], None]) -> None:
+        """Runs `call` with this server at the end of this iteration; for the loop's thread."""
+        self._ending.append(call)
 
     # For the acceptor and the connections
 
@@ -327,12 +331,13 @@ class FrontServer(HTTPServer):
     def _end_iteration(self) -> None:
         """First serves everything that can be served, then sends the responses: a `send` for each costs far more."""
         while True:
-            self._guard(self.application.end_iteration, self)
-            while self.resumed:
+            while self._ending or self.resumed:
+                ending, self._ending = self._ending, []
+                for call in ending:
+                    self._guard(call, self)
                 resumed, self.resumed = self.resumed, []
                 for connection in resumed:
                     self._guard(connection.advance)
-                self._guard(self.application.end_iteration, self)
             if self.responded:
                 self._count_responses()
             if not self.active:

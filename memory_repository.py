@@ -213,7 +213,9 @@ class InMemoryRepository(Repository):
     def get(self, message_id: str) -> MessageStatus:
         """See `Repository`."""
         record = self._records.get(message_id)  # a dict look-up is atomic
-        return MessageStatus.NOT_FOUND if record is None else self._status(record, self._clock())
+        if isinstance(record, tuple):
+            return record[0] if record[2] > self._clock() else MessageStatus.NOT_FOUND
+        return MessageStatus.NOT_FOUND if record is None else MessageStatus.ACCEPTED
 
     def reason(self, message_id: str) -> Reason | None:
         """See `Repository`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
 
 from fastsmsing import ReportReceiver
 from http_exchange import Exchange
@@ -27,11 +26,10 @@ class PushedReports:
     """Serves the requests in order of arrival, some at a time. What `receive` raises decides the response; nothing of
     it but its type is shown or logged, since anything else may be a phone number."""
 
-    def __init__(self, receiver: ReportReceiver, asking: list[Group[Any, Any]]) -> None:
+    def __init__(self, receiver: ReportReceiver) -> None:
         self._receiver = receiver
         self._incident = Incident(log, "the client's receive raises")
-        self.group: Group[Request, HttpError | None] = Group(
-            asking, self._receive, self._received, blocking=True, most=1)  # fmt: skip
+        self.group: Group[Request, HttpError | None] = Group(self._receive, self._received, blocking=True, most=1)
 
     def handle(self, exchange: Exchange) -> None:
         """Hands a report to the client."""

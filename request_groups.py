@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from http_exchange import Exchange, Front
 
@@ -18,15 +18,15 @@ class Group(Generic[Item, Result]):
     """What the requests of one iteration of the loop ask for, asked for together at its end. In the loop's thread.
 
     If that may block it is done in a worker, `lanes` groups at a time; what comes while all lanes are busy shares the
-    next group, of `most` items at the most. `asking` are the groups that are to be asked for at the end of the
-    iteration: one that something is added to joins them.
+    next group, of `most` items at the most. `freed` is called when a lane has become free.
     """
 
     def __init__(
-        self, asking: list[Group[Any, Any]], ask: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        self, ask: Callable[[Sequence[Item]], Sequence[Result | Exception]],
         respond: Callable[[Exchange, Item, Result], None], *, blocking: bool, lanes: int = LANES, most: int = MOST,
+        freed: Callable[[Front], None] = lambda front: None,
     ) -> None:  # fmt: skip
-        self._asking, self._ask_all, self._respond, self._most = asking, ask, respond, most
+        self._ask_all, self._respond, self._most, self._freed = ask, respond, most, freed
         self.lanes = lanes if blocking else 0
         self.waiting: list[tuple[Exchange, Item]] = []  # for the end of the iteration, or for a lane
         self._under_way = 0
@@ -35,7 +35,7 @@ class Group(Generic[Item, Result]):
         """Defers the exchange until `respond` gets the result for the item."""
         exchange.defer()
         if not self.waiting:
-            self._asking.append(self)
+            exchange.front.at_end(self.ask)
         self.waiting.append((exchange, item))
 
     def ask(self, front: Front) -> None:
@@ -67,6 +67,7 @@ class Group(Generic[Item, Result]):
     ) -> None:
         self._under_way -= 1
         self.ask(front)  # first of all, so that the disk does not wait for the responses
+        self._freed(front)
         self._finish(waiting, results)
 
     def _finish(

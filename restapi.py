@@ -1,8 +1,8 @@
 """The REST interface, an application that the front serves: routes, JSON in and out, which error is which response.
 
 How a POST goes through it: the front asks `route` what responds, and calls that: `_send` checks the message and defers
-the response. When all requests of an iteration of the loop have been read, the front calls `end_iteration`: what waits
-is accepted as one group, and each exchange gets its response.
+the response. At the end of the iteration of the loop, when all requests have been read, what waits is accepted as one
+group, and each exchange gets its response.
 
 The HTTP protocol itself is the front's business, everything about messages `smsproxy`'s.
 """
@@ -177,17 +177,14 @@ class RestApi:
         self._page_headers = page_headers(self.files["/"])
         self.set_api_keys(api_keys)
         blocking = proxy.blocking
-        self._asking: list[Group[Any, Any]] = []  # for the end of this iteration
-        asking = self._asking
-        self._posts: Group[Entry, None] = Group(asking, proxy.accept_all, self._accepted, blocking=blocking)
-        self._statuses = Group(asking, self._status_bodies, self._found, blocking=blocking)
-        self._cancels = Group(asking, self._cancel_all, self._cancelled, blocking=blocking)
+        self._posts: Group[Entry, None] = Group(proxy.accept_all, self._accepted, blocking=blocking)
+        self._statuses = Group(self._status_bodies, self._found, blocking=blocking)
+        self._cancels = Group(self._cancel_all, self._cancelled, blocking=blocking)
         # One at a time, and its result for all who ask meanwhile: anybody may ask.
-        self._healths = Group(asking, lambda asks: [proxy.health()] * len(asks), self._healthy,
-                              blocking=blocking, lanes=1)  # fmt: skip
-        self._figures = Group(asking, self._measure, self._measured, blocking=blocking, lanes=1)
-        self._bulks = BulkRequests(proxy, asking)
-        reports = PushedReports(receiver, asking) if receiver else None
+        self._healths = Group(lambda asks: [proxy.health()] * len(asks), self._healthy, blocking=blocking, lanes=1)
+        self._figures = Group(self._measure, self._measured, blocking=blocking, lanes=1)
+        self._bulks = BulkRequests(proxy)
+        reports = PushedReports(receiver) if receiver else None
         self._groups: tuple[Group[Any, Any], ...] = (
             self._posts, self._statuses, self._cancels, self._healths, self._figures,
             *([reports.group] if reports else []))  # fmt: skip
@@ -259,12 +256,6 @@ class RestApi:
         if path in self._routes or (path.startswith("/sms/") and is_ours(path[5:])):
             return path
         return "/sms/***" if path.startswith("/sms/") else "/***"
-
-    def end_iteration(self, front: Front) -> None:
-        """Asks the domain for what the requests of this iteration want, as groups."""
-        while self._asking:
-            self._asking.pop().ask(front)
-        self._bulks.end_iteration(front)
 
     def _authorized(self, request: Request) -> str:
         """The name of the API key that the request has."""

@@ -82,10 +82,9 @@ class Echo:
     def shown(self, request: Request) -> str:
         return f"<{request.path}>"
 
-    def end_iteration(self, front: Front) -> None:
+    def respond_together(self, front: Front) -> None:
         gathered, self.gathered = self.gathered, []
-        if gathered:
-            self.groups.append(len(gathered))
+        self.groups.append(len(gathered))
         for exchange in gathered:
             exchange.finish(self.echo)
 
@@ -99,6 +98,8 @@ class Echo:
 
     def together(self, exchange: Exchange) -> None:
         exchange.defer()
+        if not self.gathered:
+            exchange.front.at_end(self.respond_together)
         self.gathered.append(exchange)
 
 

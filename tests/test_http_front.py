@@ -305,17 +305,16 @@ def test_the_loop_wakes_by_itself_at_the_deadline_of_a_shutdown() -> None:
         assert client.recv(1) == b""
 
 
-def test_an_error_of_a_call_or_of_the_application_at_the_end_of_an_iteration_is_logged(
-    front: DrivenFront, caplog: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_a_call_or_at_the_end_of_an_iteration_is_logged(front: DrivenFront, caplog: Log) -> None:
     def fail(*args: object) -> None:
         raise ArithmeticError("a bug")
 
     front.call_soon(fail)
     front.settle()
     assert caplog.messages == ["the server's loop goes on after an error"]
-    monkeypatch.setattr(front.echo, "end_iteration", fail)
+    front.call_soon(front.at_end, fail)
     assert front.connect().works
+    assert caplog.messages == ["the server's loop goes on after an error"] * 2
 
 
 def test_a_pool_that_the_system_has_no_threads_for_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,20 +427,16 @@ def test_all_who_connected_before_the_shutdown_are_served(front: DrivenFront) ->
     assert front.open_connections == 0
 
 
-def test_a_request_that_comes_in_the_iteration_of_the_shutdown_is_served(
-    front: DrivenFront, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_that_comes_in_the_iteration_of_the_shutdown_is_served(front: DrivenFront) -> None:
     peer = front.connect()
     assert peer.works
-    sent: list[bytes] = []
 
     def send_late(server: Any) -> None:  # after everyone has been read from
-        if front.stopping and not sent:
-            sent.append(get("/"))
-            peer.socket.sendall(sent[0])
+        assert front.stopping
+        peer.socket.sendall(get("/"))
 
-    monkeypatch.setattr(front.echo, "end_iteration", send_late)
     front.shutdown(LONG_TIME)
+    front.call_soon(front.at_end, send_late)
     assert peer.response().headers["connection"] == "close"
     assert peer.has_ended
 
