@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Protocol
 
 from http_protocol import METHODS, NO_HEADERS, HttpError, Limits, Request, State, response_head
+from response_counts import ResponseCounts
 
-__all__ = ["DURATIONS", "Application", "Carrier", "Exchange", "Front", "Handler", "Server"]
+__all__ = ["Application", "Carrier", "Exchange", "Front", "Handler", "Server"]
 
 log = logging.getLogger("smsproxy.http")
 
-# Seconds; bounds for the time from a whole request to its response.
-DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 BUSY = {"Retry-After": "1"}  # seconds; a large request takes milliseconds
 
 
@@ -30,11 +28,7 @@ class Front(Protocol):
 
     limits: Limits
     stopping: bool  # a shutdown has begun
-    responses: Counter[tuple[str, int]]  # by route and status
-
-    @property
-    def durations(self) -> Mapping[str, Sequence[float]]:
-        """By route: how many responses took as long as each of `DURATIONS`, how many longer, and their sum."""
+    counts: ResponseCounts
 
     @property
     def open_connections(self) -> int:
@@ -69,8 +63,6 @@ class Server(Front, Protocol):
 
     application: Application
     now: float  # of this iteration, by time.monotonic()
-    # Responses that are not counted yet, by route, status and when their request was whole.
-    responded: dict[tuple[str, int, float], int]
     date: bytes  # the header of this second, and the end of a head
     logs_responses: bool  # the log takes debug messages
     large_bodies: int  # bytes, together, of the large bodies that have no response yet
@@ -172,7 +164,8 @@ class Exchange:
         request.body = b""  # nothing of it is kept while the connection is idle
         connection.send(response, last, self._deferred)
         counted = self.route, status, self._began
-        loop.responded[counted] = loop.responded.get(counted, 0) + 1
+        made = loop.counts.new
+        made[counted] = made.get(counted, 0) + 1
         if loop.logs_responses:
             client = f" ({self.client})" if self.client else ""
             log.debug("%s%s %s %d", connection.address, client, self._shown, status)

@@ -19,8 +19,7 @@ import socket
 import socketserver
 import threading
 import time
-from bisect import bisect_left
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -29,8 +28,9 @@ from selectors import EVENT_READ as READ
 from typing import Any
 
 from http_connection import Connection
-from http_exchange import DURATIONS, Application, Front
+from http_exchange import Application, Front
 from http_protocol import CLOSED, NEVER, Limits, State, parse_headers, timeouts
+from response_counts import ResponseCounts
 
 __all__ = ["FrontServer"]
 
@@ -185,10 +185,8 @@ class FrontServer(HTTPServer):
         self.timeouts: Mapping[State, float] = timeouts(limits)
         self.parse_headers = parse_headers(limits, HEADERS_KEPT)
         self.stopping = False
-        self.responses: Counter[tuple[str, int]] = Counter()
-        self.durations: defaultdict[str, list[float]] = defaultdict(lambda: [0.0] * (len(DURATIONS) + 2))
-        self.responded: dict[tuple[str, int, float], int] = {}
-        self.now, self.soonest = clock(), NEVER
+        self.counts = ResponseCounts()
+        self.now, self.soonest, self.idle_deadline = clock(), NEVER, NEVER
         self.logs_responses = False
         self.large_bodies = 0
         self.date = b""
@@ -322,8 +320,9 @@ class FrontServer(HTTPServer):
 
     def _tick(self) -> None:
         self.now = self._clock()
-        self.logs_responses = log.isEnabledFor(logging.DEBUG)  # for each response it would cost a fiftieth of a GET
-        if self.now >= self._date_until:
+        self.idle_deadline = self.now + self.limits.idle_timeout
+        if self.now >= self._date_until:  # once a second
+            self.logs_responses = log.isEnabledFor(logging.DEBUG)
             wall = self._wall_clock()
             self.date = f"Date: {formatdate(int(wall), usegmt=True)}\r\n\r\n".encode()
             self._date_until = self.now + 1 - wall % 1
@@ -338,8 +337,8 @@ class FrontServer(HTTPServer):
                 resumed, self.resumed = self.resumed, []
                 for connection in resumed:
                     self._guard(connection.advance)
-            if self.responded:
-                self._count_responses()
+            if self.counts.new:
+                self.counts.count(self._clock())  # before they leave
             if not self.active:
                 break
             active, self.active = self.active, {}
@@ -349,18 +348,10 @@ class FrontServer(HTTPServer):
                         connection.end_iteration()  # which may serve requests that waited for it
                     except Exception:
                         self._failed(connection.end_iteration)
-        if self._acceptor.full and self.idle:
-            self._acceptor.start()
-
-    def _count_responses(self) -> None:
-        """Counts responses, before they leave, and how long they took; those of requests that came together as one."""
-        now = self._clock()
-        for (route, status, began), count in self.responded.items():
-            self.responses[route, status] += count
-            row = self.durations[route]
-            row[bisect_left(DURATIONS, now - began)] += count
-            row[-1] += (now - began) * count
-        self.responded.clear()
+        if self.idle:
+            self.soonest = min(self.soonest, self.idle_deadline)
+            if self._acceptor.full:
+                self._acceptor.start()
 
     def _run_calls(self, events: int) -> None:
         for call, args in self._waker.calls():

@@ -1,15 +1,15 @@
 """The repository in memory: nothing blocks, and a restart loses it."""
 from __future__ import annotations
 
-import heapq
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository, look
+from base_repository import FORGET_STEP, RETENTION, Ages, Claim, Repository, look
 from memory_changes import MemoryChanges
+from memory_outbox import MemoryOutbox
 from message_model import (
     STATUS_OF,
     TRANSITIONS,
@@ -25,125 +25,7 @@ from message_model import (
 
 __all__ = ["InMemoryRepository"]
 
-SPARE = 1_000  # entries that may be left over before a queue is made anew without them
-
 Record = tuple[MessageStatus, Reason | None, float]  # the last is the time to forget it
-
-
-class _Outbox:
-    """The messages in the outbox, and the order in which they are due. Not thread-safe.
-
-    Where lingers are equal, each message is due after those before it, so it is appended to `_sorted`. What is due
-    earlier goes to the heap. An entry that has left has no `place` any more; in the queues it is skipped, and now and
-    then removed.
-    """
-
-    def __init__(self) -> None:
-        self.pending = 0  # how many there are
-        self.claimed: set[Entry] = set()
-        self._places = 0
-        self._accepted: deque[Entry] = deque()  # all of them, in order of acceptance
-        self._sorted: deque[Entry] = deque()
-        self._earlier: list[tuple[float, int, Entry]] = []  # a heap
-        self._expiring: list[tuple[float, int, Entry]] = []  # a heap of what waits and has a `max_age`
-
-    @property
-    def waiting(self) -> int:
-        """How many are in no batch."""
-        return self.pending - len(self.claimed)
-
-    def add(self, accepted: Sequence[Entry], now: float) -> None:
-        """Messages that are accepted now."""
-        in_order, place = self._sorted, self._places
-        last = in_order[-1].due if in_order else -math.inf
-        for entry in accepted:
-            place += 1
-            due = now + entry.linger
-            entry.accepted_at, entry.due, entry.place = now, due, place
-            if due >= last:
-                in_order.append(entry)
-                last = due
-            else:
-                heapq.heappush(self._earlier, (due, place, entry))
-            if entry.max_age != math.inf:
-                entry.expires_at = now + entry.max_age
-                heapq.heappush(self._expiring, (entry.expires_at, place, entry))
-        self._accepted.extend(accepted)
-        self._places = place
-        self.pending += len(accepted)
-
-    def hasten(self, max_delay: float) -> None:
-        """See `Repository`."""
-        waiting = list(filter(self.waits, self._accepted))
-        for entry in (*waiting, *self.claimed):
-            if entry.default_linger:
-                entry.due = min(entry.due, entry.accepted_at + max_delay)
-        self._sorted, self._earlier = deque(sorted(waiting, key=lambda entry: (entry.due, entry.place))), []
-
-    def release(self, entry: Entry) -> None:
-        """A claimed message waits again."""
-        self.claimed.remove(entry)
-        heapq.heappush(self._earlier, (entry.due, entry.place, entry))
-        if entry.expires_at != math.inf:
-            heapq.heappush(self._expiring, (entry.expires_at, entry.place, entry))
-
-    def remove(self, entries: Sequence[Entry]) -> None:
-        """Messages leave the outbox."""
-        self.claimed.difference_update(entries)
-        for entry in entries:
-            entry.place = 0
-        self.pending -= len(entries)
-        self._tidy()
-
-    def waits(self, entry: Entry) -> bool:
-        """Whether it is in the outbox and in no batch."""
-        return entry.place > 0 and entry not in self.claimed
-
-    def take(self, most: int) -> list[Entry]:
-        """The first messages that wait, in order; `claim` them or `put_back` all of them."""
-        taken: list[Entry] = []
-        in_order, earlier = self._sorted, self._earlier
-        while len(taken) < most and (in_order or earlier):
-            if earlier and (not in_order or earlier[0][:2] < (in_order[0].due, in_order[0].place)):
-                entry = heapq.heappop(earlier)[2]
-            else:
-                entry = in_order.popleft()
-            if entry.place:  # what is claimed is in neither
-                taken.append(entry)
-        return taken
-
-    def put_back(self, taken: Sequence[Entry]) -> None:
-        """What `take` returned. It comes before everything else, so `_sorted` stays sorted."""
-        self._sorted.extendleft(reversed(taken))
-
-    def expired(self, now: float) -> tuple[list[Entry], float]:
-        """The first messages that wait and are past their expiry, and when the next one is."""
-        found: dict[Entry, None] = {}  # what was released is in the heap twice
-        expiring = self._expiring
-        while expiring and (len(found) < EXPIRE_STEP) and (expiring[0][0] <= now or not self.waits(expiring[0][2])):
-            entry = heapq.heappop(expiring)[2]
-            if self.waits(entry):
-                found[entry] = None
-        return list(found), expiring[0][0] if expiring else math.inf
-
-    def oldest(self) -> Entry | None:
-        """The one that was accepted first."""
-        return self._accepted[0] if self._accepted else None
-
-    def _tidy(self) -> None:
-        """Removes what has left, once it is more than half: it would keep the texts of messages."""
-        accepted, most = self._accepted, 2 * self.waiting + SPARE
-        while accepted and not accepted[0].place:
-            accepted.popleft()
-        if len(accepted) > 2 * self.pending + SPARE:
-            self._accepted = deque([entry for entry in accepted if entry.place])
-        if len(self._sorted) + len(self._earlier) > most:
-            self._sorted = deque(filter(self.waits, self._sorted))
-            self._earlier = [each for each in self._earlier if self.waits(each[2])]
-            heapq.heapify(self._earlier)
-        if len(self._expiring) > most:
-            self._expiring[:] = [each for each in self._expiring if self.waits(each[2])]
-            heapq.heapify(self._expiring)
 
 
 class InMemoryRepository(Repository):
@@ -162,7 +44,7 @@ class InMemoryRepository(Repository):
         # record: one for each would cost more memory than its status does.
         self._records: dict[str, Entry | Record] = {}
         self._fingerprints: dict[str, bytes] = {}
-        self._outbox = _Outbox()
+        self._outbox = MemoryOutbox()
         self._slices: deque[tuple[float, list[str]]] = deque()  # time to forget, IDs changed in one slice of time
         self._slice_end = -math.inf
         self._shared: dict[MessageStatus | Reason, Record] = {}

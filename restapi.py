@@ -18,18 +18,20 @@ import platform
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 from bulk_requests import BulkRequests
 from fastsmsing import ReportReceiver
-from http_exchange import DURATIONS, Exchange, Front, Handler
+from http_exchange import Exchange, Front, Handler
 from http_protocol import METHODS, HttpError, Request
 from pushed_reports import PushedReports
 from request_decoding import NAMES, decode, idempotency_key
 from request_groups import Group
+from response_counts import DURATIONS
 from smsproxy import (
     ClosedError,
     Entry,
@@ -128,7 +130,7 @@ class HttpMetrics(MetricSet):
 
     def measure(self, front: Front) -> None:
         """Sets the gauges; what the system does not tell has no value."""
-        self.durations.load(front.durations)
+        self.durations.load(front.counts.durations())
         self.connections.value, self.limit.value = front.open_connections, front.limits.connections
         self.cpu.value = time.process_time()
         self.max_fds.value = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
@@ -144,7 +146,7 @@ class HttpMetrics(MetricSet):
         yield "# HELP smsproxy_http_responses_total HTTP responses, by route and code."
         yield "# TYPE smsproxy_http_responses_total counter"
         none = {(route, code): 0 for route in self._routes for code in CODES}
-        for (route, code), count in {**none, **front.responses}.items():
+        for (route, code), count in {**none, **front.counts.by_status()}.items():
             yield f'smsproxy_http_responses_total{{route="{route}",code="{code:d}"}} {count}'
         yield "# HELP smsproxy_build_info Which program this is."
         yield "# TYPE smsproxy_build_info gauge"
@@ -154,7 +156,8 @@ class HttpMetrics(MetricSet):
 # The application
 
 
-class Route(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Route:
     """What the metrics call a path, what responds to each method there, and how large a body may be, in bytes."""
 
     name: str

@@ -27,16 +27,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # HTTP
     "restapi": (
         "bulk_requests", "fastsmsing", "http_exchange", "http_protocol", "pushed_reports", "request_decoding",
-        "request_groups", "smsproxy",
+        "request_groups", "response_counts", "smsproxy",
     ),
     "bulk_requests": ("http_exchange", "http_protocol", "request_decoding", "request_groups", "smsproxy"),
     "pushed_reports": ("fastsmsing", "http_exchange", "http_protocol", "request_groups", "smsproxy"),
     "request_groups": ("http_exchange",),
     "request_decoding": ("http_protocol", "smsproxy"),
-    "http_front": ("http_connection", "http_exchange", "http_protocol"),
+    "http_front": ("http_connection", "http_exchange", "http_protocol", "response_counts"),
     "http_connection": ("http_exchange", "http_protocol"),
-    "http_exchange": ("http_protocol",),
+    "http_exchange": ("http_protocol", "response_counts"),
     "http_protocol": (),
+    "response_counts": (),
     # the domain
     "smsproxy": (
         "base_repository", "batch_scheduler", "batching_client", "client_statistics", "fastsmsing",
@@ -78,7 +79,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sqlite_claims": ("base_repository", "message_model"),
     "sqlite_file": ("message_model",),
     "group_commit": ("incident_log", "message_model"),
-    "memory_repository": ("base_repository", "memory_changes", "message_model"),
+    "memory_repository": ("base_repository", "memory_changes", "memory_outbox", "message_model"),
+    "memory_outbox": ("base_repository", "message_model"),
     "memory_changes": ("batch_outbox", "change_outbox", "message_model"),
     "base_repository": ("batch_outbox", "change_outbox", "fastsmsing", "message_model"),
     "change_outbox": ("batch_outbox", "message_model"),

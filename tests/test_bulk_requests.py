@@ -288,10 +288,10 @@ def test_a_list_is_decoded_in_slices_and_other_requests_come_between(it: Service
     many, single = it.front.connect(), it.front.connect()
     many.send(posted(listed(range(1_000))))
     served = 0
-    while not it.front.responses["/sms/bulk", 202]:
+    while not it.front.counts.by_status()["/sms/bulk", 202]:
         single.socket.send(posted(GOOD, path="/sms"))
         it.front.iterate(it.front.selector.select(0))
-        served = it.front.responses["/sms", 202]
+        served = it.front.counts.by_status()["/sms", 202]
     assert served >= 20
 
 
@@ -304,7 +304,7 @@ def test_lists_that_wait_are_bounded_and_those_of_peers_that_are_gone_are_not_ac
     for peer in peers:
         peer.socket.send(posted(listed([1])))
     it.front.iterate(it.front.selector.select(0))
-    assert it.front.responses["/sms/bulk", 503] == 1
+    assert it.front.counts.by_status()["/sms/bulk", 503] == 1
     peers[1].reset()
     it.front.settle()
-    assert (it.front.responses["/sms/bulk", 202], it.repository.backlog()) == (2, 2)
+    assert (it.front.counts.by_status()["/sms/bulk", 202], it.repository.backlog()) == (2, 2)

@@ -14,8 +14,9 @@ import pytest
 import http_connection
 from http_connection import Connection
 from http_doubles import LARGE, MEDIUM, SMALL, DrivenFront, Peer, driven, front, get, post, req, whole
-from http_exchange import DURATIONS, Exchange
+from http_exchange import Exchange
 from http_protocol import HttpError, Limits, Request, RequestParser
+from response_counts import DURATIONS
 
 __all__ = ["front"]  # a fixture
 
@@ -561,7 +562,7 @@ def test_the_debug_log_shows_what_the_application_shows_of_a_path_and_known_meth
     front.settle()
     closed = "127.0.0.1 connection closed: reading: [Errno 104] Connection reset by peer"
     assert caplog.messages == [f"127.0.0.1{client} {shown} </echo> {status}", closed]
-    assert front.responses == {("/echo", status): 1}
+    assert front.counts.by_status() == {("/echo", status): 1}
 
 
 def test_the_time_from_a_whole_request_to_its_response_counts_by_route(front: DrivenFront) -> None:
@@ -577,7 +578,7 @@ def test_the_time_from_a_whole_request_to_its_response_counts_by_route(front: Dr
     front.finish()
     front.settle()
     rows = {route: [sum(row[:-1]), *(row[DURATIONS.index(each)] for each in (0.001, 0.25, 0.5)), round(row[-1], 6)]
-            for route, row in front.durations.items()}  # fmt: skip
+            for route, row in front.counts.durations().items()}  # fmt: skip
     assert rows == {"/later": [2, 0, 1, 1, 0.6], "/echo": [1, 1, 0, 0, 0]}
 
 

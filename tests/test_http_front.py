@@ -414,7 +414,7 @@ def test_a_shutdown_ends_at_its_shortest_timeout(front: DrivenFront, caplog: Log
     assert peer.has_ended
     front.server_close()
     front.echo.deferred.pop().finish(front.echo.echo)  # after the end, which hurts nobody
-    assert (front.responses, caplog.messages) == ({}, [])
+    assert (front.counts.by_status(), caplog.messages) == ({}, [])
 
 
 def test_all_who_connected_before_the_shutdown_are_served(front: DrivenFront) -> None:
