@@ -178,8 +178,10 @@ class Connection:
             return
         log.debug("%s connection closed: %s", self.address, reason)
         self._enter(DROP)
-        for exchange in filter(None, (self.exchange, self._awaited)):
-            exchange.abandon()
+        if self.exchange is not None:
+            self.exchange.abandon()
+        if self._awaited is not None:
+            self._awaited.abandon()
         self.exchange = self._awaited = None
         self._out = b""
         self.parser.clear()

@@ -285,7 +285,10 @@ class FrontServer(HTTPServer):
         """Takes care of a new connection."""
         connection = Connection(sock, address, self)
         self._connections.add(connection)
-        self._guard(connection.ready, READ)  # the request is mostly there already
+        try:  # in place of `_guard`, as above
+            connection.ready(READ)  # the request is mostly there already
+        except Exception:
+            self._failed(connection.ready)
 
     def watch(self, connection: Connection, before: int, events: int) -> None:
         """See `Loop`. Raises OSError when the system refuses."""
