@@ -107,10 +107,11 @@ class InMemoryRepository(Repository):
     def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
         """See `Repository`."""
         failures: dict[str, Exception] = {}
-        changed: dict[MessageStatus | Reason, list[str]] = {}
+        changed: dict[tuple[MessageStatus | Reason, bool], list[str]] = {}
         left: list[Entry] = []
         with self._lock:
             now, records, allowed = self._clock(), self._records, False
+            forget_at = self._open_slice(now)
             last_record: object = self  # and update; most have the same, and so the same answer
             last_update, current = None, MessageStatus.NOT_FOUND
             for message_id, update in updates.items():
@@ -118,9 +119,12 @@ class InMemoryRepository(Repository):
                 if record is not last_record or update is not last_update:
                     last_record, last_update, current = record, update, self._status(record, now)
                     if allowed := STATUS_OF[update] in TRANSITIONS[current]:
-                        ids = changed.setdefault(update, [])
+                        first = True
                         if isinstance(record, Entry):
                             left.append(record)
+                        elif record is not None:
+                            first = record[2] != forget_at
+                        ids = changed.setdefault((update, first), [])
                 if allowed:
                     ids.append(message_id)
                     continue
@@ -129,8 +133,8 @@ class InMemoryRepository(Repository):
                 except SmsProxyError as error:
                     failures[message_id] = error
             self._outbox.remove(left)
-            for update, ids in changed.items():
-                self._change(ids, update, now)
+            for (update, first), ids in changed.items():
+                self._change(ids, update, now, first)
         return failures
 
     def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
@@ -239,26 +243,29 @@ class InMemoryRepository(Repository):
         """Messages leave the outbox with this change; returns their IDs."""
         ids = [entry.message.message_id for entry in entries]
         self._outbox.remove(entries)
-        self._change(ids, update, self._clock())
+        now = self._clock()
+        self._open_slice(now)
+        self._change(ids, update, now, True)
         return ids
 
-    def _change(self, ids: Sequence[str], update: MessageStatus | Reason, now: float) -> None:
-        """Records messages that are not in the outbox any more."""
+    def _open_slice(self, now: float) -> float:
+        """Begins a slice of time if the last is over; returns when what changes in it is forgotten."""
         if now >= self._slice_end:
-            self._slice_end = now + self._retention / 1000
-            self._shared = {}
+            self._slice_end, self._shared = now + self._retention / 1000, {}
             if self._retention:
                 self._slices.append((self._slice_end + self._retention, []))
+        return self._slices[-1][0] if self._retention else math.inf
+
+    def _change(self, ids: Sequence[str], update: MessageStatus | Reason, now: float, first: bool) -> None:
+        """Records messages that are not in the outbox any more; `first`: since this slice of time began."""
         record = self._shared.get(update)
         if record is None:
             forget_at = self._slices[-1][0] if self._retention else math.inf
             record = (STATUS_OF[update], update if isinstance(update, Reason) else None, forget_at)
             self._shared[update] = record
+        if first and self._retention:
+            self._slices[-1][1].extend(ids)
         records = self._records
-        if self._retention:
-            found = map(records.__getitem__, ids)
-            self._slices[-1][1].extend([each for each, before in zip(ids, found, strict=True)
-                                        if isinstance(before, Entry) or before[2] != record[2]])  # fmt: skip
         for message_id in ids:
             records[message_id] = record
         if self._changes is not None and record[0] is not MessageStatus.ACCEPTED:
