@@ -342,6 +342,8 @@ def load(factory: str) -> Callable[[], FastSmsingClient]:
     """The callable that `MODULE:FACTORY` names; modules are found in the working directory, too. Raises
     `ValidationError`, also for whatever the module's own code raises."""
     module, _, name = factory.partition(":")
+    if not module or not name:
+        raise ValidationError("client", f"{shown(factory)} is not MODULE:FACTORY, such as shop:Client")
     with contextlib.suppress(OSError):  # the directory is gone
         sys.path.append(os.getcwd())
     try:

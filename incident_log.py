@@ -17,17 +17,20 @@ IDS_IN_A_LINE = 100  # a line with more is cut by what collects logs (Docker: 16
 
 
 def describe(error: BaseException) -> str:
-    """An error's type, its number if it has one (errno, HTTP status), and the type of its cause.
+    """An error's type, its number if it has one (errno, HTTP status), and the type of its cause, or of its `reason`,
+    which is how `urllib.error.URLError` has it.
 
     Never its text: a provider's error may quote a phone number or a message, in any spelling.
     """
     candidates: list[object] = []
+    cause: object = error.__cause__
     with contextlib.suppress(Exception):  # attributes of somebody else's class may be code that fails
         candidates += error.args[:1]
         candidates += [getattr(error, name, None) for name in ("errno", "code", "status")]
+        cause = cause or getattr(error, "reason", None)
     number = next((each for each in candidates if type(each) is int and 0 < each < 1_000), None)
     described = type(error).__name__ if number is None else f"{type(error).__name__} {number}"
-    return described if error.__cause__ is None else f"{described} from {type(error.__cause__).__name__}"
+    return f"{described} from {type(cause).__name__}" if isinstance(cause, BaseException) else described
 
 
 def location(error: BaseException) -> str:

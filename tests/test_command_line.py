@@ -287,6 +287,13 @@ def test_a_client_is_found_in_the_working_directory(tmp_path: Path, monkeypatch:
     assert read_settings(["--client", "shop_of_this_test:A.InMemoryClient"], {}).make_client is InMemoryClient
 
 
+@pytest.mark.parametrize("given", ["shop", "shop:", ":Client"])
+def test_a_client_without_its_module_or_factory_is_refused_with_an_example(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert line(capsys, ["--client", given], {}).endswith(f"'{given}' is not MODULE:FACTORY, such as shop:Client\n")
+
+
 @pytest.mark.parametrize("code", ["raise KeyError('TOKEN')\n", "x = = 1\n"])
 def test_a_client_whose_module_cannot_be_imported_is_one_line_and_exit_2(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import urllib.error
 from typing import Any
 
 import pytest
@@ -51,6 +52,8 @@ def having(error: Exception, **attributes: object) -> Exception:
         (Mute(NUMBER), "Mute"),
         (Argless(NUMBER), "Argless"),
         (having(FastSmsingError(NUMBER), __cause__=TimeoutError(NUMBER)), "FastSmsingError from TimeoutError"),
+        (urllib.error.URLError(ConnectionRefusedError(111, NUMBER)), "URLError from ConnectionRefusedError"),
+        (urllib.error.URLError(NUMBER), "URLError"),
         (SystemExit(3), "SystemExit 3"),
     ],
 )  # fmt: skip

@@ -156,6 +156,8 @@ def test_a_message_given_up_shows_the_reason(open_page: OpenPage) -> None:
         tab.wait_exact("failed", "1")
         assert (tab.text("reasons"), tab.text("failed-share")) == ("1\xa0rejected", "100.0 % of what is final")
         assert (tab.evaluate("failed.className"), tab.text("rejected")) == ("error", "1 (100.0 %)")
+        assert (tab.text("saved"), tab.evaluate("saved.className")) == ("−1", "error")  # noqa: RUF001 (a minus)
+        assert tab.text("share") == "more requests than messages"
 
 
 def test_an_error_of_the_service_is_shown_as_it_is(open_page: OpenPage) -> None:
