@@ -130,10 +130,7 @@ class Dispatcher(Generic[B]):
     def ended(self, job: Job[B], again: Sequence[Job[B]]) -> None:
         """The job is over; those in `again` are ready, the job itself perhaps among them."""
         with self._lock:
-            scheduler = self._scheduler
-            news = scheduler.in_flight >= self._config.senders or again or scheduler.draining or scheduler.breaker.open
-            scheduler.ended(job, again, self._clock())
-            if news:  # otherwise a sender was idle before, and there was nothing to do for it
+            if self._scheduler.ended(job, again, self._clock()):
                 self._changed.notify_all()
 
     def abandoned(self, job: Job[B]) -> None:

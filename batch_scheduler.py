@@ -47,7 +47,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Union
 
@@ -393,13 +393,16 @@ class Scheduler(Generic[B]):
         job.expires_at = job.batch.expires_at
         return opened
 
-    def ended(self, job: Job[B], again: Iterable[Job[B]], now: float) -> None:
-        """It is over; those in `again` are ready, the job itself perhaps among them."""
+    def ended(self, job: Job[B], again: Sequence[Job[B]], now: float) -> bool:
+        """It is over; those in `again` are ready, the job itself perhaps among them. Returns whether the next step is
+        another than the last one for that."""
+        waited_for = len(self._under_way) >= self._config.senders or self.breaker.open or self.draining
         since = self._under_way.pop(job)
         if job.answered:
             self._pace += (now - since - self._pace) * (PACE_SHARE if self._pace else 1.0)
         self.breaker.ended(job)
         self._ready.extend(again)
+        return waited_for or bool(again) or self._look_at() < self._told  # the horizon grows with the pace
 
     def abandoned(self, job: Job[B], now: float) -> None:
         """An error of ours stopped it; nobody knows whether its messages were handed over."""

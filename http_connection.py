@@ -281,6 +281,7 @@ class Connection:
             if self._write_blocked:
                 self._write_blocked, self._restarts = False, True
             if self.parser.buffer:
+                self.loop.active[self] = None  # what it responds now leaves in another round of this iteration
                 self.advance()
         elif not self._write_blocked:
             self._write_blocked = True

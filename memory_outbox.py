@@ -23,25 +23,35 @@ class MemoryOutbox:
     """
 
     def __init__(self) -> None:
-        self.pending = 0  # how many there are
         self.claimed: set[Entry] = set()
         self._places = 0
-        self._accepted: deque[Entry] = deque()  # all of them, in order of acceptance
+        self._accepted: dict[int, float] = {}  # when each was accepted, by place
         self._sorted: deque[Entry] = deque()
         self._earlier: list[tuple[float, int, Entry]] = []  # a heap
         self._expiring: list[tuple[float, int, Entry]] = []  # a heap of what waits and has a `max_age`
 
     @property
+    def pending(self) -> int:
+        """How many there are."""
+        return len(self._accepted)
+
+    @property
     def waiting(self) -> int:
         """How many are in no batch."""
-        return self.pending - len(self.claimed)
+        return len(self._accepted) - len(self.claimed)
+
+    @property
+    def oldest(self) -> float:
+        """When the one that was accepted first was; infinity for none."""
+        return next(iter(self._accepted.values()), math.inf)
 
     def add(self, accepted: Sequence[Entry], now: float) -> None:
         """Messages that are accepted now."""
-        in_order, place = self._sorted, self._places
+        in_order, times, place = self._sorted, self._accepted, self._places
         last = in_order[-1].due if in_order else -math.inf
         for entry in accepted:
             place += 1
+            times[place] = now
             due = now + entry.linger
             entry.accepted_at, entry.due, entry.place = now, due, place
             if due >= last:
@@ -52,13 +62,11 @@ class MemoryOutbox:
             if entry.max_age != math.inf:
                 entry.expires_at = now + entry.max_age
                 heapq.heappush(self._expiring, (entry.expires_at, place, entry))
-        self._accepted.extend(accepted)
         self._places = place
-        self.pending += len(accepted)
 
     def hasten(self, max_delay: float) -> None:
         """See `Repository`."""
-        waiting = list(filter(self.waits, self._accepted))
+        waiting = list(filter(self.waits, (*self._sorted, *(each[2] for each in self._earlier))))
         for entry in (*waiting, *self.claimed):
             if entry.default_linger:
                 entry.due = min(entry.due, entry.accepted_at + max_delay)
@@ -74,9 +82,10 @@ class MemoryOutbox:
     def remove(self, entries: Sequence[Entry]) -> None:
         """Messages leave the outbox."""
         self.claimed.difference_update(entries)
+        times = self._accepted
         for entry in entries:
+            del times[entry.place]
             entry.place = 0
-        self.pending -= len(entries)
         self._tidy()
 
     def waits(self, entry: Entry) -> bool:
@@ -110,17 +119,9 @@ class MemoryOutbox:
                 found[entry] = None
         return list(found), expiring[0][0] if expiring else math.inf
 
-    def oldest(self) -> Entry | None:
-        """The one that was accepted first."""
-        return self._accepted[0] if self._accepted else None
-
     def _tidy(self) -> None:
-        """Removes what has left, once it is more than half: it would keep the texts of messages."""
-        accepted, most = self._accepted, 2 * self.waiting + SPARE
-        while accepted and not accepted[0].place:
-            accepted.popleft()
-        if len(accepted) > 2 * self.pending + SPARE:
-            self._accepted = deque([entry for entry in accepted if entry.place])
+        """Removes what has left, once it is more than half: it would keep the texts of cancelled messages."""
+        most = 2 * self.waiting + SPARE
         if len(self._sorted) + len(self._earlier) > most:
             self._sorted = deque(filter(self.waits, self._sorted))
             self._earlier = [each for each in self._earlier if self.waits(each[2])]

@@ -200,13 +200,12 @@ class InMemoryRepository(Repository):
         """See `Repository`."""
         with self._lock:
             outbox, now = self._outbox, self._clock()
-            oldest = outbox.oldest()
-            if oldest is None:
+            if not outbox.pending:
                 return Ages()
             first = outbox.take(1)
             outbox.put_back(first)
             due = min(entry.due for entry in (*first, *outbox.claimed))
-            return Ages(now - oldest.accepted_at, max(0.0, now - due))
+            return Ages(now - outbox.oldest, max(0.0, now - due))
 
     def forget(self) -> float | None:
         """See `Repository`."""

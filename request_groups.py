@@ -29,17 +29,20 @@ class Group(Generic[Item, Result]):
         self._ask_all, self._respond, self._most, self._freed = ask, respond, most, freed
         self.lanes = lanes if blocking else 0
         self.waiting: list[tuple[Exchange, Item]] = []  # for the end of the iteration, or for a lane
+        self._at_end = False  # it is asked at the end of this iteration
         self._under_way = 0
 
     def add(self, exchange: Exchange, item: Item) -> None:
         """Defers the exchange until `respond` gets the result for the item."""
         exchange.defer()
-        if not self.waiting:
+        if not self._at_end:
+            self._at_end = True
             exchange.front.at_end(self.ask)
         self.waiting.append((exchange, item))
 
     def ask(self, front: Front) -> None:
         """Asks for what waits, as groups."""
+        self._at_end = False
         while self.waiting and not (self.lanes and self._under_way >= self.lanes):
             waiting, self.waiting = self.waiting[: self._most], self.waiting[self._most :]
             if self.lanes:

@@ -76,6 +76,10 @@ def test_the_linger_of_a_message(config: dict[str, Any], message: dict[str, Any]
     assert (entry.linger, entry.default_linger, entry.max_age) == expected
 
 
+def test_a_queue_may_be_as_small_as_a_batch() -> None:
+    assert SmsProxyConfig(batch_size=5, max_pending=5).max_pending == 5
+
+
 WRONG: dict[str, list[Any]] = {
     "batch_size": [True, 1.5, "2", None, math.nan],
     "max_delay": [-1, -1e-9, math.nan, math.inf, "1", True, 10**400],
@@ -334,6 +338,13 @@ def test_one_bad_batch_in_the_night_does_not_hold_up_a_code() -> None:
     claim(scheduler, now + 1.0, "code")
 
 
+def test_the_breaker_says_for_how_long_it_has_been_open() -> None:
+    breaker = CircuitBreaker(SmsProxyConfig(), lambda: 1.0)
+    breaker.failed("a", 0.0, 10.0)
+    assert (breaker.open_for(10.0), breaker.open_for(13.0)) == (0.001, 3.0)  # 0.0 is closed
+    assert breaker.answered(13.0) == (3.0, 1)
+
+
 def test_a_breaker_that_never_opened_has_counted_nothing_and_holds_up_nobody() -> None:
     breaker = CircuitBreaker(SmsProxyConfig(), lambda: 1.0)
     assert (breaker.open, breaker.requests, breaker.wait(0.0), breaker.open_for(0.0)) == (False, 0, 0.0, 0.0)
@@ -457,6 +468,47 @@ def test_a_drain_looks_for_what_lingers_also_when_it_begins_during_a_look() -> N
     assert scheduler.next(0.0) == math.inf
 
 
+def test_in_a_durable_drain_no_message_is_news() -> None:
+    scheduler = scheduler_of(durable=True)
+    assert scheduler.next(0.0) == math.inf
+    scheduler.drain(0.0)
+    assert scheduler.next(0.0) == math.inf
+    assert not scheduler.waits([5.0], 0.0)
+
+
+def test_what_came_during_a_look_and_what_the_look_left_are_both_waited_for() -> None:
+    scheduler = scheduler_of(batch_size=3, max_delay=5.0)
+    save(scheduler, 0.0)
+    assert isinstance(scheduler.next(0.0), Look)
+    save(scheduler, 60.0)
+    scheduler.claimed(Claim(None, 1, 30.0), 0.0)
+    assert (scheduler.next(0.0), scheduler.quiet) == (30.0, False)
+
+
+def test_when_requests_take_longer_a_batch_is_looked_for_that_comes_within_the_longer_horizon() -> None:
+    """Said as the request ends, since nothing else may happen before the first message is due."""
+    scheduler = scheduler_of(batch_size=2, max_delay=1.0)
+    save(scheduler, 0.0)
+    job = claim(scheduler, 0.0, "a")
+    save(scheduler, 7.0, 7.0)
+    assert scheduler.next(0.0) == pytest.approx(7.0 - horizon(SmsProxyConfig(batch_size=2, max_delay=1.0), 2, 1.0))
+    scheduler.answered(job, 5.0)
+    assert scheduler.ended(job, (), 5.0)
+    assert isinstance(scheduler.next(5.0), Look)
+
+
+def test_the_end_of_a_request_is_news_only_if_something_waited_for_it() -> None:
+    scheduler = scheduler_of(senders=2, batch_size=1)
+    save(scheduler, 0.0, 0.0)
+    first = claim(scheduler, 0.0, "a", waiting=1)
+    second = claim(scheduler, 0.0, "b")
+    assert scheduler.next(0.0) == math.inf
+    for job, news in ((first, True), (second, False)):
+        scheduler.answered(job, 0.0)
+        assert scheduler.ended(job, (), 0.0) is news
+        assert scheduler.next(0.0) == math.inf
+
+
 def test_a_durable_drain_starts_nothing_and_is_quiet_when_requests_have_ended() -> None:
     scheduler = scheduler_of(durable=True, batch_size=1)
     save(scheduler, 0.0, 0.0)
@@ -474,6 +526,18 @@ def test_only_a_look_into_an_outbox_that_would_be_lost_is_waited_for(durable: bo
     assert isinstance(scheduler.next(0.0), Look)
     scheduler.drain(0.0)
     assert scheduler.quiet is durable
+
+
+def test_a_drain_shortens_the_backoff_of_a_batch_that_fails_alone() -> None:
+    scheduler = scheduler_of(batch_size=1, backoff_base=30.0)
+    save(scheduler, 0.0, 0.0)
+    fail(scheduler, claim(scheduler, 0.0, "bad", waiting=1), 0.0)
+    fail(scheduler, begin(scheduler, 30.0, "bad"), 30.0)
+    succeed(scheduler, claim(scheduler, 60.0, "good"), 61.0)
+    fail(scheduler, begin(scheduler, 61.0, "bad"), 62.0)
+    assert scheduler.next(70.0) == 22.0
+    scheduler.drain(70.0)
+    assert scheduler.next(70.0) == 1.0
 
 
 def test_a_drain_shortens_backoffs() -> None:

@@ -60,6 +60,18 @@ def test_responses_that_are_many_are_sent_in_portions(front: DrivenFront) -> Non
     assert max(front.listener.sent) < http_connection.SEND_AHEAD + 10_500
 
 
+@pytest.mark.parametrize("last", [get("/", "Connection: close"), req("GET / HTTP/1.0"), get("/")])
+def test_what_waits_for_gathered_responses_is_served_when_the_socket_takes_them_all_at_once(
+    front: DrivenFront, last: bytes
+) -> None:
+    front.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * http_connection.SEND_AHEAD)
+    requests = http_connection.SEND_AHEAD // MEDIUM + 1
+    peer = front.connect().send(get("/medium") * requests + last)
+    assert [len(peer.response().body) for _ in range(requests)] == [MEDIUM] * requests
+    assert peer.response().status == 200
+    assert peer.works if last == get("/") else peer.has_ended
+
+
 @pytest.mark.parametrize("path", ["/echo", "/together", "/large", "/nothing"])
 def test_a_response_to_head_has_the_headers_of_get_and_no_body(front: DrivenFront, path: str) -> None:
     peer = front.connect().send(get(path) + req(f"HEAD {path} HTTP/1.1"))

@@ -1,12 +1,14 @@
 """The repository in memory does what every repository does."""
 from __future__ import annotations
 
+import gc
 import random
 import tracemalloc
 from collections.abc import Callable
 
 import pytest
 
+from fastsmsing import Message
 from helpers import Clock
 from memory_repository import InMemoryRepository
 from message_model import Batch, Entry, MessageStatus
@@ -41,6 +43,19 @@ class TestInMemory(RepositoryContract):
             calls += 1
         assert 4 <= calls <= 20
         assert not any(vars(repository)[each] for each in ("_records", "_slices", "_fingerprints"))
+
+    def test_nothing_is_kept_of_what_was_handed_over_however_long_another_message_waits(
+        self, repository: InMemoryRepository
+    ) -> None:
+        repository.save_all([Entry(Message("48123456789", "news", name(0)), linger=3600.0)])
+        for number in range(1, 10):
+            repository.save_all([Entry(Message("48123456789", "a code", name(number)))])
+            batch = repository.claim(1, 0.0).batch
+            assert batch is not None
+            repository.handed_over(batch)
+        del batch
+        texts = [each.message for each in gc.get_objects() if isinstance(each, Message)]
+        assert ("news" in texts, "a code" in texts) == (True, False)
 
     def test_forgetting_waits_for_the_first_message_that_is_due(
         self, repository: InMemoryRepository, clock: Clock
