@@ -222,7 +222,10 @@ def _execute(db: _Connection, sql: str, parameters: Parameters, timeout: float) 
 def _is_broken(db: _Connection, error: psycopg.Error) -> bool:
     """Whether the connection is of no use any more: it is lost, or another one may lead to the new primary."""
     state = error.sqlstate or ""
-    return db.closed or state[:2] == "08" or state[:3] == "57P" or isinstance(error, errors.ReadOnlySqlTransaction)
+    ours = not state and isinstance(error, psycopg.OperationalError)  # not said by the server, which may say more
+    return (
+        db.closed or ours or state[:2] == "08" or state[:3] == "57P" or isinstance(error, errors.ReadOnlySqlTransaction)
+    )
 
 
 def _unavailable(error: psycopg.Error) -> RepositoryUnavailableError:

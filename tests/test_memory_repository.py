@@ -47,15 +47,15 @@ class TestInMemory(RepositoryContract):
     def test_nothing_is_kept_of_what_was_handed_over_however_long_another_message_waits(
         self, repository: InMemoryRepository
     ) -> None:
-        repository.save_all([Entry(Message("48123456789", "news", name(0)), linger=3600.0)])
+        repository.save_all([Entry(Message("48123456789", "this one waits for an hour", name(0)), linger=3600.0)])
         for number in range(1, 10):
-            repository.save_all([Entry(Message("48123456789", "a code", name(number)))])
+            repository.save_all([Entry(Message("48123456789", "this one has left", name(number)))])
             batch = repository.claim(1, 0.0).batch
             assert batch is not None
             repository.handed_over(batch)
         del batch
         texts = [each.message for each in gc.get_objects() if isinstance(each, Message)]
-        assert ("news" in texts, "a code" in texts) == (True, False)
+        assert ("this one waits for an hour" in texts, "this one has left" in texts) == (True, False)
 
     def test_forgetting_waits_for_the_first_message_that_is_due(
         self, repository: InMemoryRepository, clock: Clock

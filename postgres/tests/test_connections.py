@@ -4,7 +4,9 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import psycopg
 import pytest
 
 import postgres.connections
@@ -30,6 +32,23 @@ def test_a_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPat
         database.run("SELECT pg_sleep(50)", timeout=60.5)
     monkeypatch.undo()
     assert database.run("SELECT 1") == [(1,)]
+    database.close()
+
+
+def test_after_an_error_of_this_side_a_statement_is_tried_once_more_on_a_fresh_connection(
+    monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    database, execute, used = Database(url, 1), postgres.connections._execute, []
+
+    def confuse(db: Any, *args: Any) -> list[Any]:
+        used.append(db)
+        if len(used) == 1:
+            raise psycopg.OperationalError("lost synchronization with server")
+        return execute(db, *args)
+
+    monkeypatch.setattr(postgres.connections, "_execute", confuse)
+    assert database.run("SELECT 1") == [(1,)]
+    assert [db.closed for db in used] == [True, False]
     database.close()
 
 
