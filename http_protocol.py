@@ -29,7 +29,7 @@ from http import HTTPStatus
 from typing import Any
 
 __all__ = [
-    "Event", "HttpError", "Limits", "Request", "RequestParser", "State", "TRANSITIONS", "header_lines", "parse_headers",
+    "Event", "HttpError", "Limits", "Request", "RequestParser", "State", "TRANSITIONS", "parse_headers",
     "response_head", "timeouts",
 ]  # fmt: skip
 
@@ -253,11 +253,6 @@ def response_head(status: int, length: int, content_type: str, connection: str) 
     head += f"Content-Type: {content_type}\r\n" if length else ""
     head += f"Connection: {connection}\r\n" if connection else ""
     return head.encode("latin-1")
-
-
-def header_lines(headers: Mapping[str, str]) -> bytes:
-    """Further headers of a response; raises UnicodeEncodeError for what is not Latin-1."""
-    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1")
 
 
 # States of a connection
