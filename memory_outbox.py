@@ -23,35 +23,30 @@ class MemoryOutbox:
     """
 
     def __init__(self) -> None:
+        self.pending = 0  # how many there are
         self.claimed: set[Entry] = set()
         self._places = 0
-        self._accepted: dict[int, float] = {}  # when each was accepted, by place
+        self._accepted: dict[float, int] = {}  # how many of them were accepted then, in order
         self._sorted: deque[Entry] = deque()
         self._earlier: list[tuple[float, int, Entry]] = []  # a heap
         self._expiring: list[tuple[float, int, Entry]] = []  # a heap of what waits and has a `max_age`
 
     @property
-    def pending(self) -> int:
-        """How many there are."""
-        return len(self._accepted)
-
-    @property
     def waiting(self) -> int:
         """How many are in no batch."""
-        return len(self._accepted) - len(self.claimed)
+        return self.pending - len(self.claimed)
 
     @property
     def oldest(self) -> float:
         """When the one that was accepted first was; infinity for none."""
-        return next(iter(self._accepted.values()), math.inf)
+        return next(iter(self._accepted), math.inf)
 
     def add(self, accepted: Sequence[Entry], now: float) -> None:
         """Messages that are accepted now."""
-        in_order, times, place = self._sorted, self._accepted, self._places
+        in_order, place, never = self._sorted, self._places, math.inf
         last = in_order[-1].due if in_order else -math.inf
         for entry in accepted:
             place += 1
-            times[place] = now
             due = now + entry.linger
             entry.accepted_at, entry.due, entry.place = now, due, place
             if due >= last:
@@ -59,10 +54,13 @@ class MemoryOutbox:
                 last = due
             else:
                 heapq.heappush(self._earlier, (due, place, entry))
-            if entry.max_age != math.inf:
+            if entry.max_age != never:
                 entry.expires_at = now + entry.max_age
                 heapq.heappush(self._expiring, (entry.expires_at, place, entry))
         self._places = place
+        if accepted:
+            self.pending += len(accepted)
+            self._accepted[now] = self._accepted.get(now, 0) + len(accepted)
 
     def hasten(self, max_delay: float) -> None:
         """See `Repository`."""
@@ -82,10 +80,14 @@ class MemoryOutbox:
     def remove(self, entries: Sequence[Entry]) -> None:
         """Messages leave the outbox."""
         self.claimed.difference_update(entries)
-        times = self._accepted
+        self.pending -= len(entries)
+        accepted = self._accepted
         for entry in entries:
-            del times[entry.place]
             entry.place = 0
+            if left := accepted[entry.accepted_at] - 1:
+                accepted[entry.accepted_at] = left
+            else:
+                del accepted[entry.accepted_at]
         self._tidy()
 
     def waits(self, entry: Entry) -> bool:

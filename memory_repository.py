@@ -53,23 +53,25 @@ class InMemoryRepository(Repository):
     def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
         """See `Repository`."""
         with self._lock:
-            now, records, new = self._clock(), self._records, list[Entry]()
-            room = math.inf if max_pending is None else max_pending - self._outbox.pending
-            errors: list[Exception | None] = []
-            for entry in entries:
+            now, records = self._clock(), self._records
+            prints = bool(self._fingerprints)  # some may be left of messages whose time is over
+            room = len(entries) if max_pending is None else max_pending - self._outbox.pending
+            errors: list[Exception | None] = [None] * len(entries)
+            for number, entry in enumerate(entries):
                 message_id = entry.message.message_id
                 record = records.get(message_id)
                 if record is not None and _forget_at(record) > now:
-                    errors.append(DuplicateMessageError(message_id, self._fingerprints.get(message_id)))
-                elif len(new) >= room:
-                    errors.append(OverloadedError("too many messages are pending"))
+                    errors[number] = DuplicateMessageError(message_id, self._fingerprints.get(message_id))
+                elif room <= 0:
+                    errors[number] = OverloadedError("too many messages are pending")
                 else:
+                    room -= 1
                     records[message_id] = entry
-                    if entry.fingerprint is not None or self._fingerprints:
+                    if prints or entry.fingerprint is not None:
                         self._keep_fingerprint(entry, message_id)
-                    new.append(entry)
-                    errors.append(None)
-            self._outbox.add(new, now)
+            if any(errors):
+                entries = [entry for entry, error in zip(entries, errors, strict=True) if error is None]
+            self._outbox.add(entries, now)
             return errors
 
     def save_together(self, entries: Sequence[Entry], max_pending: int | None = None) -> Exception | None:
