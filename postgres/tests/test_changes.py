@@ -15,7 +15,7 @@ import pytest
 
 from base_repository import Claim, Repository
 from change_contract import RETENTION, SETTLED, DurableChangeContract, claimed
-from change_outbox import Change, ChangeOutbox
+from change_outbox import Change, ChangeBody, ChangeOutbox
 from cluster import HANG, Cluster, let_pass, until
 from message_model import MessageStatus, RepositoryUnavailableError
 from postgres import PostgresRepository
@@ -24,6 +24,8 @@ from repositories import Make
 from repository_contract import entries, name
 
 CONFIRMED, FAILED, DELIVERED = MessageStatus.CONFIRMED, MessageStatus.FAILED, MessageStatus.DELIVERED
+Telling = tuple[PostgresRepository, ChangeOutbox]
+Overdue = tuple[ChangeOutbox, ChangeBody, ChangeOutbox]
 CONTRACT_LEASE = 10 * RETENTION  # seconds; far longer than anything that passes
 
 
@@ -76,6 +78,29 @@ def settled(cluster: Cluster, url: str) -> Callable[[], None]:
         cluster.sql(url, shift)
 
     return settle
+
+
+@pytest.fixture
+def telling(make: Make, settled: Callable[[], None]) -> Telling:
+    """A process, and its outbox with one change that is due."""
+    repository = make()
+    changes = repository.changes()
+    repository.save_all(entries(range(1)))
+    repository.update_all({name(0): CONFIRMED})
+    settled()
+    return repository, changes
+
+
+@pytest.fixture
+def overdue(
+    cluster: Cluster, url: str, make: Make, telling: Telling
+) -> Overdue:
+    """The outbox of a process whose lease ran out, the body that it has claimed, and another process's outbox."""
+    _, changes = telling
+    body, other = claimed(changes), make().changes()
+    assert body is not None
+    expire_lease(cluster, url)
+    return changes, body, other
 
 
 def tell_all(changes: ChangeOutbox) -> list[Change]:
@@ -155,14 +180,10 @@ def test_a_change_that_commits_after_later_ones_were_told_is_told(
 
 
 def test_a_message_that_changes_while_its_change_is_under_way_is_told_again(
-    url: str, make: Make, settled: Callable[[], None]
+    url: str, settled: Callable[[], None], telling: Telling
 ) -> None:
     """One row a message would lose the second change, which begins before the claim and commits after it."""
-    repository = make()
-    changes = repository.changes()
-    repository.save_all(entries(range(1)))
-    repository.update_all({name(0): CONFIRMED})
-    settled()
+    _, changes = telling
     with psycopg.connect(url) as slow:
         slow.execute("UPDATE smsproxy.message SET status = 'DELIVERED' WHERE id = %s", (name(0),))
         body = claimed(changes)
@@ -180,13 +201,9 @@ def await_blocked(cluster: Cluster, url: str) -> None:
 
 
 def test_a_message_that_changes_between_the_look_and_the_end_of_the_claim_is_told_again(
-    cluster: Cluster, url: str, make: Make, settled: Callable[[], None]
+    cluster: Cluster, url: str, settled: Callable[[], None], telling: Telling
 ) -> None:
-    repository = make()
-    changes = repository.changes()
-    repository.save_all(entries(range(1)))
-    repository.update_all({name(0): CONFIRMED})
-    settled()
+    repository, changes = telling
     with psycopg.connect(url) as other, ThreadPoolExecutor(1) as pool:
         # Another body, which never comes to be: the claim waits for it after it has looked.
         values = "true, '', 0, '{}', '{}', '{}', now(), now(), gen_random_uuid(), now()"
@@ -203,16 +220,9 @@ def test_a_message_that_changes_between_the_look_and_the_end_of_the_claim_is_tol
 
 
 def test_a_renewal_that_comes_before_a_take_over_keeps_the_body(
-    cluster: Cluster, url: str, make: Make, settled: Callable[[], None]
+    cluster: Cluster, url: str, overdue: Overdue
 ) -> None:
-    repository = make()
-    changes, other = repository.changes(), make().changes()
-    repository.save_all(entries(range(1)))
-    repository.update_all({name(0): CONFIRMED})
-    settled()
-    body = claimed(changes)
-    assert body is not None
-    expire_lease(cluster, url)
+    changes, body, other = overdue
     with psycopg.connect(url) as renewing, ThreadPoolExecutor(1) as pool:
         renewing.execute("UPDATE smsproxy.body SET lease_until = clock_timestamp() + interval '60 s'")
         claiming = pool.submit(claimed, other)
@@ -267,17 +277,8 @@ def test_a_body_whose_lease_ran_out_is_taken_over_as_it_is_and_its_owner_leaves_
     assert tell_all(hangs) == [Change(name(0), DELIVERED)]
 
 
-def test_a_lease_that_ran_out_and_that_nobody_took_over_is_renewed_before_a_request(
-    cluster: Cluster, url: str, make: Make, settled: Callable[[], None]
-) -> None:
-    repository = make()
-    changes, other = repository.changes(), make().changes()
-    repository.save_all(entries(range(1)))
-    repository.update_all({name(0): CONFIRMED})
-    settled()
-    body = claimed(changes)
-    assert body is not None
-    expire_lease(cluster, url)
+def test_a_lease_that_ran_out_and_that_nobody_took_over_is_renewed_before_a_request(overdue: Overdue) -> None:
+    changes, body, other = overdue
     assert changes.holds(body)
     assert claimed(other) is None
 
@@ -320,13 +321,9 @@ def test_a_lease_that_may_end_before_a_request_does_is_none(
 
 
 def test_a_claim_whose_answer_is_lost_gives_its_body_to_the_next_one(
-    make: Make, settled: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    telling: Telling, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repository = make()
-    changes = repository.changes()
-    repository.save_all(entries(range(1)))
-    repository.update_all({name(0): CONFIRMED})
-    settled()
+    repository, changes = telling
     with monkeypatch.context() as patch:
         run = repository._database.run
 
