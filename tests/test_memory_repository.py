@@ -10,6 +10,7 @@ import pytest
 
 from fastsmsing import Message
 from helpers import Clock
+from memory_outbox import SPARE
 from memory_repository import InMemoryRepository
 from message_model import Batch, Entry, MessageStatus
 from repository_contract import RETENTION, RepositoryContract, entry, name
@@ -56,6 +57,37 @@ class TestInMemory(RepositoryContract):
         del batch
         texts = [each.message for each in gc.get_objects() if isinstance(each, Message)]
         assert ("this one waits for an hour" in texts, "this one has left" in texts) == (True, False)
+
+    def test_little_is_kept_of_what_was_cancelled(self, repository: InMemoryRepository) -> None:
+        for number in range(3 * SPARE):
+            message = Message("48123456789", "this one was cancelled", name(number))
+            repository.save_all([Entry(message, linger=3600.0, max_age=7200.0)])
+            assert repository.cancel(name(number))
+        del message
+        kept = [each for each in gc.get_objects() if isinstance(each, Message) and "cancelled" in each.message]
+        assert len(kept) <= SPARE
+
+    def test_an_expiry_is_to_be_looked_for_when_the_first_message_expires(self, repository: InMemoryRepository) -> None:
+        for number, age in enumerate((90.0, 50.0)):
+            repository.save_all([Entry(Message("48123456789", "Hi", name(number)), linger=20.0, max_age=age)])
+        assert repository.expire() == ([], pytest.approx(50.0))
+
+    def test_the_oldest_message_is_known_whatever_was_accepted_with_it(
+        self, repository: InMemoryRepository, clock: Clock
+    ) -> None:
+        for numbers in ((0, 1), (2,)):  # at one moment
+            repository.save_all([Entry(Message("48123456789", "Hi", name(number))) for number in numbers])
+        clock.advance(10.0)
+        repository.save_all([Entry(Message("48123456789", "Hi", name(3)))])
+        clock.advance(5.0)
+        ages = []
+        for _ in range(4):
+            ages.append(repository.ages().oldest)
+            batch = repository.claim(1, 0.0).batch
+            assert batch is not None
+            repository.handed_over(batch)
+        assert ages == [15.0, 15.0, 15.0, 5.0]
+        assert repository.ages().oldest == 0.0
 
     def test_forgetting_waits_for_the_first_message_that_is_due(
         self, repository: InMemoryRepository, clock: Clock
