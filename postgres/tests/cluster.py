@@ -134,11 +134,13 @@ def let_pass(cluster: Cluster, url: str, seconds: float) -> None:
         "change": ("changed_at",), "body": ("since", "until", "lease_until"),
         "pulse": ("resumed_at", "front", "next_front"),
     }  # fmt: skip
-    updates = [
-        f"UPDATE smsproxy.{table} SET " + ", ".join(f"{each} = {each} - interval '{seconds} s'" for each in columns)
+    # Under a lock on all rows, because the update would lock them in no order that others know; and each table by
+    # itself, so that no locks are held together.
+    cluster.sql(url, " ".join(
+        f"BEGIN; LOCK TABLE smsproxy.{table} IN EXCLUSIVE MODE; UPDATE smsproxy.{table} SET "
+        + ", ".join(f"{each} = {each} - interval '{seconds} s'" for each in columns) + "; COMMIT;"
         for table, columns in moved.items()
-    ]
-    cluster.sql(url, "; COMMIT; ".join(updates))  # each by itself, so that no locks are held together
+    ))  # fmt: skip
 
 
 class Passage:
