@@ -24,15 +24,21 @@ the first failure stops all requests (the breaker is *open*) but one at a time, 
 doubles. Any request that FastSMSing answers closes the breaker, with a rejection, too. A probe that hangs gives up
 its place after `PROBE_PATIENCE`. Each batch that failed has a backoff of its own, which doubles as well.
 
-**No set of bad batches stops the others.** Some messages make every request fail that holds them, while FastSMSing
-takes everything else. Three rules keep them from looking like an outage, however many they are:
+**No set of bad messages stops the others.** Some messages make every request fail that holds them, while FastSMSing
+takes everything else. Five rules keep them from looking like an outage, and find them, however many they are:
 
-1. A batch that fails again, although FastSMSing has answered another request since it failed last, says nothing about
-   FastSMSing. It does not open the breaker; it only waits for a backoff of its own.
+1. A batch that fails again, although FastSMSing has answered another request since its last one began, says nothing
+   about FastSMSing. It does not open the breaker; it only waits for a backoff of its own.
 2. As long as one batch alone fails again and again, that says nothing new about FastSMSing, and the breaker's backoff
    does not double: the next batch that comes waits for the shortest backoff. Once another fails, too, it is an outage.
 3. When both a batch from the outbox and one that failed before could go, they take turns, and of those that
    failed before the one with the fewest tries goes first. So among the next two requests is one with another batch.
+4. After `SUSPICIOUS` probes have failed, a probe carries one message of its batch, each time another one. That is as
+   good to find out whether FastSMSing is back, also if most batches hold a bad message. The rest follows at once, so
+   an outage costs one request more.
+5. A batch that fails as in rule 1, after more than `SUSPICIOUS` tries, is halved, and its halves keep the count of its
+   tries. So a bad message ends up alone, all others are handed over, and nothing is tried more than `max_attempts`
+   times. Requests that fail at random hardly ever do so to the same batch so often.
 
 Riders do not share the fate of a batch that fails. They go back to the outbox, so that a bad message in the newsletter
 does not keep a password code, and an outage does not turn the newsletter into small batches.
@@ -59,6 +65,7 @@ __all__ = ["CircuitBreaker", "Job", "Look", "Outlook", "Scheduler", "SmsProxyCon
 
 DRAIN_BACKOFF = 1.0  # seconds; longest backoff during a drain, whose time is short
 PROBE_PATIENCE = 60.0  # seconds until another request may be the probe; most clients give up after 10 to 30
+SUSPICIOUS = 3  # failed probes in a row, or failed tries of a batch, after which a message may be to blame
 FIRST_PACE = 1.0  # seconds that a request takes, until one was answered
 PACE_SHARE = 0.25  # of the last request in what a request takes lately
 
@@ -130,6 +137,7 @@ class CircuitBreaker:
         self._config, self._rng = config, rng
         self.opened_at: float | None = None  # None: closed
         self.requests = 0  # that failed since it opened
+        self.probes = 0  # of these
         self.next_try = 0.0
         self.asked_until = 0.0  # before that FastSMSing wants no request
         self.answered_at = -math.inf  # when FastSMSing last answered a request
@@ -161,9 +169,10 @@ class CircuitBreaker:
         self.asked_until = max(self.asked_until, now + retry_after)
         opened = not self.open
         if opened:
-            self.opened_at, self.requests = now, 0
+            self.opened_at, self.requests, self.probes = now, 0, 0
         self.requests += 1
         if opened or request is self._probe:
+            self.probes += not opened
             if opened:
                 self._failures, self._alone = 1, request
             elif request is not self._alone:
@@ -205,15 +214,22 @@ class Job(Generic[B]):
 
     batch: B
     attempt: int = 0
+    inherited: int = 0  # of these tries, those of the batch that it is a part of
     not_before: float = -math.inf  # of the next request: the end of the batch's own backoff
-    failed_at: float = math.inf  # when its last request failed
+    tried_at: float = math.inf  # when its last request that failed began
     expires_at: float = math.inf  # when the first of its messages does, while it waits for a retry
     answered: bool = False
     # Of the last request:
+    alone: bool = False  # it carries one message of the batch
+    to_blame: bool = False  # it failed because of the batch
     started_at: float = 0.0
     sent: tuple[Message, ...] = ()
     error: BaseException | None = None
     refused: Mapping[str, str] = field(default_factory=dict)  # reason by ID
+
+    def part(self, batch: B) -> Job[B]:
+        """A part of it, with the tries of the whole."""
+        return Job(batch, self.attempt, self.attempt, tried_at=self.tried_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +340,7 @@ class Scheduler(Generic[B]):
         self._under_way[job] = now
         self._retries_turn = not job.attempt
         self.breaker.begin(job, now)
+        job.alone = self.breaker.open and self.breaker.probes >= SUSPICIOUS
         return job
 
     def _horizon(self) -> float:
@@ -387,9 +404,10 @@ class Scheduler(Generic[B]):
 
     def failed(self, job: Job[B], retry_after: float, now: float) -> bool:
         """Its request failed for a reason that may pass; returns whether that opened the breaker."""
-        of_the_batch = job.failed_at < self.breaker.answered_at and not self.breaker.open and not retry_after
+        of_the_batch = job.tried_at < self.breaker.answered_at and not self.breaker.open and not retry_after
         opened = not of_the_batch and self.breaker.failed(job, retry_after, now)
-        job.failed_at, job.not_before = now, now + self.breaker.backoff(job.attempt)
+        job.to_blame = of_the_batch and not job.alone and job.attempt > SUSPICIOUS
+        job.tried_at, job.not_before = self._under_way[job], now + self.breaker.backoff(job.attempt - job.inherited)
         job.expires_at = job.batch.expires_at
         return opened
 

@@ -91,13 +91,16 @@ class Sender:
     def begin(self, job: Job[Batch]) -> None:
         """The request starts."""
         job.attempt, job.started_at = job.attempt + 1, self._clock()
-        job.sent = tuple([entry.message for entry in job.batch.entries])
+        entries = job.batch.entries
+        if job.alone:  # each time another one, since the one may be to blame
+            entries = entries[job.attempt % len(entries):][:1]
+        job.sent = tuple([entry.message for entry in entries])
 
     def end(self, job: Job[Batch], error: BaseException | None, answer: object) -> None:
         """The request ended with this error, or this answer."""
         job.error, job.refused = error, {}
         if isinstance(answer, Mapping):
-            ids = set(job.batch.ids)
+            ids = {message.message_id for message in job.sent}
             job.refused = {message_id: str(reason) for message_id, reason in answer.items() if message_id in ids}
         result = "ok" if error is None else "rejected" if isinstance(error, RejectedError) else "error"
         self._metrics.requests.add(1, result)
@@ -114,12 +117,19 @@ class Sender:
             return self._failed(job, job.error)
         if closed := self._dispatcher.answered(job):
             log.warning("circuit breaker closed after %.1f s and %s", closed[0], counted(closed[1], "failed request"))
-        return self._rejected(job, job.error) if job.error else self._handed_over(job)
+        if len(job.sent) == len(job.batch):
+            return self._answered(job, job.batch)
+        sent = {message.message_id for message in job.sent}
+        rest = job.part(job.batch.only(lambda entry: entry.message.message_id not in sent))
+        return [*self._answered(job, job.batch.only(lambda entry: entry.message.message_id in sent)), rest]
 
-    def _handed_over(self, job: Job[Batch]) -> Sequence[Job[Batch]]:
-        taken = job.batch
+    def _answered(self, job: Job[Batch], sent: Batch) -> Sequence[Job[Batch]]:
+        return self._rejected(job, sent, job.error) if job.error else self._handed_over(job, sent)
+
+    def _handed_over(self, job: Job[Batch], sent: Batch) -> Sequence[Job[Batch]]:
+        taken = sent
         if job.refused:
-            taken = job.batch.only(lambda entry: entry.message.message_id not in job.refused)
+            taken = sent.only(lambda entry: entry.message.message_id not in job.refused)
             for reason, ids in self._by_reason(job).items():
                 self.give_up(ids, Reason.REJECTED, f", refused by name: {reason}")
         self._metrics.batches.add(1, "handed_over")
@@ -136,23 +146,26 @@ class Sender:
     def _by_reason(job: Job[Batch]) -> dict[str, list[str]]:
         """The IDs of what was refused by name, in order, by the reason as it may be logged."""
         found: dict[str, list[str]] = {}
-        for message_id in filter(job.refused.__contains__, job.batch.ids):
+        for message_id in filter(job.refused.__contains__, [message.message_id for message in job.sent]):
             reason = job.refused[message_id]
             found.setdefault(reason if CODE.fullmatch(reason) else "a reason that is no code", []).append(message_id)
         return found
 
-    def _rejected(self, job: Job[Batch], error: BaseException) -> Sequence[Job[Batch]]:
+    def _rejected(self, job: Job[Batch], sent: Batch, error: BaseException) -> Sequence[Job[Batch]]:
         """Halves the batch; whoever is to blame ends up alone, after about 2 * log2(n) requests."""
         self._report(job)
-        entries, half = job.batch.entries, len(job.batch) // 2
-        if half:
-            log.warning("%d messages are rejected (%s), so their halves are sent", len(entries), describe(error))
-            self._metrics.batches.add(1, "split")
-            return [Job(replace(job.batch, entries=part)) for part in (entries[:half], entries[half:])]
-        if self._repository.holds(job.batch):  # otherwise others send it
+        if len(sent) > 1:
+            log.warning("%d messages are rejected (%s), so their halves are sent", len(sent), describe(error))
+            return [Job(half) for half in self._halves(sent)]
+        if self._repository.holds(sent):  # otherwise others send it
             self._metrics.batches.add(1, "given_up")
-            self.give_up(job.batch.ids, Reason.REJECTED, f", {describe(error)}")
+            self.give_up(sent.ids, Reason.REJECTED, f", {describe(error)}")
         return ()
+
+    def _halves(self, batch: Batch) -> Sequence[Batch]:
+        self._metrics.batches.add(1, "split")
+        half = len(batch) // 2
+        return [replace(batch, entries=part) for part in (batch.entries[:half], batch.entries[half:])]
 
     def _failed(self, job: Job[Batch], error: BaseException) -> Sequence[Job[Batch]]:
         asked: object = None
@@ -168,6 +181,9 @@ class Sender:
             self._remind(max(0.0, soonest - self._clock()))
         self._release_riders(job)
         if self._config.max_attempts is None or job.attempt < self._config.max_attempts:
+            if job.to_blame and len(job.batch) > 1:
+                log.warning("%d messages fail while others are taken, so their halves are sent", len(job.batch))
+                return [job.part(half) for half in self._halves(job.batch)]
             return [job]
         if self._repository.holds(job.batch):  # otherwise others send it
             self._metrics.batches.add(1, "given_up")

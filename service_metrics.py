@@ -236,7 +236,7 @@ class Metrics(ProviderMetrics):
                                 [reason.value for reason in Reason])  # fmt: skip
         self.final = Counter("smsproxy_messages_final_total", "Messages that reached a final status.", "status",
                              sorted(status.value for status in FINAL_STATUSES))  # fmt: skip
-        self.batches = Counter("smsproxy_batches_total", "Batches by how they ended; a rejected one is split.",
+        self.batches = Counter("smsproxy_batches_total", "Batches by how they ended; one with bad messages is split.",
                                "result", ("handed_over", "split", "given_up"))  # fmt: skip
         self.batch_messages = Histogram("smsproxy_batch_messages", "Messages in a request.",
                                         (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))  # fmt: skip

@@ -412,6 +412,72 @@ def test_a_batch_that_fails_again_while_others_succeed_opens_no_breaker() -> Non
     assert scheduler.breaker.open  # nothing was answered since it failed before
 
 
+def test_a_batch_that_fails_while_another_one_is_taken_opens_no_breaker_either() -> None:
+    scheduler = scheduler_of(batch_size=1)
+    save(scheduler, 0.0, 0.0)
+    bad = claim(scheduler, 0.0, "bad", waiting=1)
+    good = claim(scheduler, 0.0, "good")
+    fail(scheduler, bad, 2.0)
+    succeed(scheduler, good, 3.0)
+    bad = begin(scheduler, 4.0, "bad")
+    good_too = (save(scheduler, 0.0, now=4.0), claim(scheduler, 4.0, "good, too"))[1]
+    succeed(scheduler, good_too, 5.0)
+    fail(scheduler, bad, 6.0)
+    fail(scheduler, begin(scheduler, 7.0, "bad"), 8.0)
+    assert not scheduler.breaker.open
+
+
+def test_after_three_failed_probes_a_probe_carries_one_message_until_fastsmsing_answers() -> None:
+    scheduler = scheduler_of(batch_size=2, backoff_base=1.0, backoff_max=1.0)
+    save(scheduler, 0.0, 0.0)
+    job, alone = claim(scheduler, 0.0, "a", "b"), []
+    for now in range(1, 7):
+        fail(scheduler, job, now)
+        job = begin(scheduler, now + 1.0, "a", "b")
+        alone.append(job.alone)
+    assert alone == [False] * 3 + [True] * 3
+    scheduler.answered(job, 10.0)
+    scheduler.ended(job, [job.part(batch("b"))], 10.0)
+    rest = begin(scheduler, 10.0, "b")
+    assert not rest.alone
+    fail(scheduler, rest, 11.0)
+    fail(scheduler, begin(scheduler, 12.0, "b"), 12.0)  # opens the breaker, since nothing was answered meanwhile
+    assert scheduler.breaker.open
+    assert not begin(scheduler, 13.0, "b").alone
+
+
+def test_a_batch_is_to_blame_when_it_fails_for_the_fourth_time_and_another_one_was_taken() -> None:
+    scheduler = scheduler_of(batch_size=2, backoff_base=1.0, backoff_max=1.0)
+    save(scheduler, 0.0)
+    bad, blamed = claim(scheduler, 0.0, "a", "b"), []
+    for now in range(0, 12, 2):
+        save(scheduler, 0.0, now=now)
+        good = claim(scheduler, now, "good")
+        fail(scheduler, bad, now)
+        blamed.append(bad.to_blame)
+        succeed(scheduler, good, now + 1.0)
+        bad = begin(scheduler, now + 2.0, "a", "b")
+    assert blamed == [False] * 3 + [True] * 3
+    fail(scheduler, bad, 13.0)
+    fail(scheduler, begin(scheduler, 14.0, "a", "b"), 14.0)
+    assert not bad.to_blame  # nothing was taken meanwhile
+
+
+def test_a_part_of_a_batch_keeps_its_tries_and_has_a_backoff_of_its_own() -> None:
+    scheduler = scheduler_of(batch_size=2, backoff_base=1.0, backoff_max=64.0)
+    save(scheduler, 0.0)
+    whole = claim(scheduler, 0.0, "a", "b")
+    whole.attempt = 7
+    scheduler.failed(whole, 0.0, 0.0)
+    scheduler.breaker.answered(1.0)
+    part = whole.part(batch("a"))
+    scheduler.ended(whole, [part], 0.0)
+    assert begin(scheduler, 2.0, "a") is part
+    assert part.attempt == 8
+    fail(scheduler, part, 2.0)
+    assert scheduler.next(2.0) == 1.0
+
+
 def test_the_halves_of_a_rejected_batch_follow_at_once() -> None:
     scheduler = scheduler_of(batch_size=2)
     save(scheduler, 0.0, 0.0)

@@ -114,6 +114,10 @@ class Cluster:
             cursor = db.execute(statement, parameters or None)
             return cursor.fetchall() if cursor.description else []
 
+    def log(self) -> str:
+        """What the server logged."""
+        return (self.directory / "log").read_text(errors="replace")
+
     def _control(self, *arguments: str) -> None:
         settings = "".join(f" -c {setting}" for setting in self.SETTINGS)
         self._run("pg_ctl", "-D", self._data, "-w", "-t", "60", "-l", self.directory / "log",

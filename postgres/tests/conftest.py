@@ -25,6 +25,7 @@ def cluster() -> Iterator[Cluster]:
         try:
             server.start()
             yield server
+            assert "deadlock detected" not in server.log()  # everybody takes locks in the same order
         finally:
             server.stop()
 
