@@ -41,6 +41,12 @@ OURS = "01a21087-c443-7ce3-b466-{:012x}"  # IDs that the log may quote
 MakeShop = Callable[..., Shop]
 
 
+def hopeless(request: Request) -> None:
+    """A client that cannot even encode some messages."""
+    if any(message.message == "bad" for message in request.messages):
+        raise UnicodeEncodeError("ascii", "x", 0, 1, "bad")
+
+
 @pytest.fixture
 def world() -> World:
     return World()
@@ -306,17 +312,14 @@ def test_a_batch_that_always_fails_holds_up_no_other(shop: MakeShop, world: Worl
 
 
 def test_a_retry_does_not_wait_for_what_lingers(shop: MakeShop, world: World) -> None:
-    def judge(request: Request) -> None:
-        if request.messages[0].message == "poison":
-            raise FastSmsingError(500)
-
-    it = shop(judge, batch_size=2, max_delay=10_000.0)
-    poison = set(it.post(2, "poison"))
+    it = shop(hopeless, batch_size=2, max_delay=10_000.0)
+    it.post(1)
+    bad = it.post(1, "bad")
     world.wait(5.0)
     it.post(2)  # their success closes the breaker
     it.post(1)
     world.wait(300.0)
-    late = [request for request in it.requests if poison.issuperset(request.ids) and request.start > 100.0]
+    late = [request for request in it.requests if request.ids == bad and request.start > 100.0]
     assert len(late) >= 5  # every 30 s at most
 
 
@@ -348,13 +351,17 @@ def test_every_request_counts_in_the_bill(shop: MakeShop, world: World) -> None:
     assert it.metrics.requests.total == len(it.requests)
 
 
-# Bad batches, hanging requests, reports that come between
+def test_requests_are_timed_by_how_they_ended(shop: MakeShop, world: World) -> None:
+    it = shop(away(10.0, 10.3), latency=lambda request: request.start / 40, max_delay=0.0)
+    world.wait(10.0)
+    it.post()
+    world.wait(20.0)
+    sums = [line for line in it.metrics.request_duration.text() if "_sum" in line and not line.endswith(" 0")]
+    assert [line.split("{")[1].split("}")[0] for line in sums] == ['result="ok"', 'result="error"']
+    assert [float(line.split()[1]) for line in sums] == [pytest.approx(start / 40) for start in it.starts[::-1]]
 
 
-def hopeless(request: Request) -> None:
-    """A client that cannot even encode some messages."""
-    if any(message.message == "bad" for message in request.messages):
-        raise UnicodeEncodeError("ascii", "x", 0, 1, "bad")
+# Bad messages, hanging requests, reports that come between
 
 
 @pytest.mark.parametrize(("bad", "senders", "attempts"), [
@@ -400,6 +407,7 @@ def test_in_a_shop_without_other_messages_a_bad_one_costs_the_others_no_more_tha
         it.post(1, "bad" if number in bad else "Hi")
     world.wait(60.0)
     assert sorted(it.taken) == sorted(set(it.accepted) - {f"m{number}" for number in bad})
+    assert it.metrics.batches.count("split") <= 7 * len(bad)
 
 
 def test_a_message_that_is_rejected_as_the_probe_costs_only_itself(shop: MakeShop, world: World) -> None:
@@ -547,6 +555,17 @@ def test_the_riders_of_a_batch_that_fails_can_be_cancelled_and_ride_with_another
     it.post(max_delay=6.0)
     world.wait(30.0)
     assert [request.ids for request in it.requests[1:]] == [[code], ["m4", *riders[1:]]]
+
+
+def test_what_another_process_accepted_expires_on_time_while_it_waits_for_a_retry(shop: MakeShop, world: World) -> None:
+    repository = InMemoryRepository(0, clock=world.clock)
+    it = shop(away(0.0, 1e9), repository=repository, max_delay=0.0)
+    world.wait(100.0)
+    repository.save_all([Entry(Message("48123", "Hi", "theirs"), linger=0.0, max_age=40.0)])
+    it.post()  # so that it looks
+    world.wait(42.0)
+    assert len(it.requests) > 1
+    assert repository.reason("theirs") is Reason.EXPIRED
 
 
 def test_what_expires_is_failed_on_time_while_the_provider_is_away(shop: MakeShop, world: World) -> None:
@@ -868,6 +887,7 @@ def test_after_drain_messages_are_still_accepted_and_leave_at_once(shop: MakeSho
 def test_each_batch_that_was_sent_as_one_is_one_result() -> None:
     results: list[ClientResult] = []
     done = threading.Semaphore(0)
+    failures = [ConnectionError()]  # of which there is no result, since the batch is sent again
 
     class Sink:
         def send(self, result: ClientResult) -> None:
@@ -876,17 +896,20 @@ def test_each_batch_that_was_sent_as_one_is_one_result() -> None:
 
     class Provider(Recorder):
         def send(self, messages: Sequence[Message]) -> None:
+            if failures:
+                raise failures.pop()
             if any(message.message_id == "bad" for message in messages):
                 raise RejectedError(400)
             super().send(messages)
 
-    client = SimpleBatchingClient(InMemoryRepository(), Provider(), SmsProxyConfig(batch_size=2), Sink())
+    config = SmsProxyConfig(batch_size=2, backoff_base=0.01)
+    client = SimpleBatchingClient(InMemoryRepository(), Provider(), config, Sink())
     client.accept_all([Entry(Message("48123", "Hi", message_id)) for message_id in ("good", "bad")])
     for _ in range(3):
         assert done.acquire(timeout=HANG)
     assert client.stop(HANG) == 0
-    found = {tuple(message.message_id for message in result.messages): type(result.error) for result in results}
-    assert found == {("good", "bad"): RejectedError, ("good",): type(None), ("bad",): RejectedError}
+    found = sorted((*[message.message_id for message in result.messages], repr(result.error)) for result in results)
+    assert found == [("bad", "RejectedError(400)"), ("good", "None"), ("good", "bad", "RejectedError(400)")]
 
 
 def test_a_message_is_sent_by_real_threads_right_after_construction() -> None:
