@@ -24,16 +24,18 @@ class Dispatcher(Generic[B]):
     """Hands out `jobs`, one after the other, and a None to each sender at the end. Thread-safe.
 
     Every method but `run` and `advance` tells the scheduler what happened, and takes no longer than its lock. `claimed`
-    is called with each batch that was claimed, in the thread of `run`. `trouble` is what the log says when the outbox
-    fails.
+    is called with each batch that was claimed, in the thread of `run`. `remind` is told in how many seconds something
+    expires that waits for its request. `trouble` is what the log says when the outbox fails.
     """
 
     def __init__(
         self, outbox: Outbox[B], config: SmsProxyConfig, clock: Callable[[], float], rng: Callable[[], float], *,
-        claimed: Callable[[B], object] | None = None, trouble: str = "no batch can be claimed",
+        claimed: Callable[[B], object] | None = None, remind: Callable[[float], object] | None = None,
+        trouble: str = "no batch can be claimed",
     ) -> None:  # fmt: skip
         self.jobs: queue.SimpleQueue[Job[B] | None] = queue.SimpleQueue()
-        self._outbox, self._config, self._clock, self._claimed = outbox, config, clock, claimed
+        self._outbox, self._config, self._clock = outbox, config, clock
+        self._claimed, self._remind = claimed, remind
         self._incident = Incident(log, trouble, clock=clock)
         self._lock = threading.Lock()  # guards everything below
         self._changed = threading.Condition(self._lock)  # the next step may be another, or all is quiet
@@ -78,6 +80,8 @@ class Dispatcher(Generic[B]):
         with self._lock:
             self._scheduler.claimed(claim, self._clock())
             self._changed.notify_all()
+        if claim.batch is not None:
+            self._expires([claim.batch])
 
     def _claim(self, look: Look) -> Claim[B]:
         try:
@@ -132,6 +136,23 @@ class Dispatcher(Generic[B]):
         with self._lock:
             if self._scheduler.ended(job, again, self._clock()):
                 self._changed.notify_all()
+        self._expires([each.batch for each in again])
+
+    def set_aside(self, job: Job[B], rest: B) -> None:
+        """The request of the job will carry a part of its batch; this is the rest."""
+        with self._lock:
+            self._scheduler.set_aside(job, rest)
+        self._expires([rest])
+
+    def take_back(self, job: Job[B]) -> Job[B] | None:
+        """What was set aside, as far as it still waits; the caller has it now."""
+        with self._lock:
+            return self._scheduler.take_back(job)
+
+    def _expires(self, batches: Iterable[B]) -> None:
+        soonest = min((batch.expires_at for batch in batches), default=math.inf)
+        if self._remind is not None and soonest != math.inf:
+            self._remind(max(0.0, soonest - self._clock()))
 
     def abandoned(self, job: Job[B]) -> None:
         """An error of ours stopped the job; nobody knows whether its messages were handed over."""
@@ -139,9 +160,9 @@ class Dispatcher(Generic[B]):
             self._scheduler.abandoned(job, self._clock())
             self._changed.notify_all()
 
-    def expire(self) -> tuple[list[str], float]:
-        """Takes what has expired out of the batches that wait for a retry; returns its IDs, and seconds until the next
-        does."""
+    def expire(self) -> tuple[list[tuple[B, list[str]]], float]:
+        """Takes what has expired out of the batches that wait; returns these as they were and the IDs of what has, and
+        seconds until the next does."""
         with self._lock:
             now = self._clock()
             expired, following = self._scheduler.expire(now)

@@ -19,29 +19,28 @@ How long that is, its *linger*, is the message's own: the `max_delay` that the c
    half of what it may hold, everything is within the horizon.
 3. the service stops, and the outbox would not outlive it.
 
-**What the breaker promises.** A request that fails may be billed, and while FastSMSing is away all of them fail. So
-the first failure stops all requests (the breaker is *open*) but one at a time, the *probe*, after a backoff that
-doubles. Any request that FastSMSing answers closes the breaker, with a rejection, too. A probe that hangs gives up
-its place after `PROBE_PATIENCE`. Each batch that failed has a backoff of its own, which doubles as well.
+**What a failure does.** It opens the circuit breaker, of which `circuit_breaker` tells. Each batch that failed has a
+backoff of its own, which doubles as well.
 
 **No set of bad messages stops the others.** Some messages make every request fail that holds them, while FastSMSing
-takes everything else. Five rules keep them from looking like an outage, and find them, however many they are:
+takes everything else. These rules keep them from looking like an outage, and find them, however many they are:
 
 1. A batch that fails again, although FastSMSing has answered another request since its last one began, says nothing
-   about FastSMSing. It does not open the breaker; it only waits for a backoff of its own.
-2. As long as one batch alone fails again and again, that says nothing new about FastSMSing, and the breaker's backoff
-   does not double: the next batch that comes waits for the shortest backoff. Once another fails, too, it is an outage.
-3. When both a batch from the outbox and one that failed before could go, they take turns, and of those that
-   failed before the one with the fewest tries goes first. So among the next two requests is one with another batch.
-4. After `SUSPICIOUS` probes have failed, a probe carries one message of its batch, each time another one. That is as
-   good to find out whether FastSMSing is back, also if most batches hold a bad message. The rest follows at once, so
-   an outage costs one request more.
-5. A batch that fails as in rule 1, after more than `SUSPICIOUS` tries, is halved, and its halves keep the count of its
-   tries. So a bad message ends up alone, all others are handed over, and nothing is tried more than `max_attempts`
-   times. Requests that fail at random hardly ever do so to the same batch so often.
-
-Riders do not share the fate of a batch that fails. They go back to the outbox, so that a bad message in the newsletter
-does not keep a password code, and an outage does not turn the newsletter into small batches.
+   about FastSMSing: the failure is *its own*. It only waits for a backoff of its own. It does not open the breaker,
+   unless FastSMSing asks for a wait.
+2. When both a batch from the outbox and one that was sent before could go, they take turns, and of those that were sent
+   before the one with the fewest tries goes first. So among the next two requests is one with another batch. One sender
+   is kept for batches without failures of their own, since some messages fail slowly.
+3. After `SUSPICIOUS` probes have failed, every other one carries a single message of its batch. That is as good to find
+   out whether FastSMSing is back, also if most batches hold a bad message. The rest follows at once, so an outage costs
+   one request more.
+4. So does a batch that has `SUSPICIOUS` failures of its own. If FastSMSing takes the single message, and the rest fails
+   again, the rest is *to blame*: it is halved. Halves are treated alike, only sooner, until a bad message is alone.
+   They keep the count of its tries, so nothing is tried much more often than `max_attempts`. If FastSMSing fails at
+   random, or takes only so many requests at a time, a single message fails as often as a batch: hardly any is halved.
+5. Riders do not share the fate of a batch that fails. They go back to the outbox, so that an outage does not turn the
+   newsletter into small batches. Those that have ridden in `SUSPICIOUS` batches that failed become a batch that rule 4
+   looks into, so that a bad message in the newsletter does not delay one password code after the other.
 
 **Why no message is lost.** A message is in the outbox from its acceptance until FastSMSing took it, or an update
 says what became of it. What the scheduler knows of the outbox is only when it is worth looking: `Outlook`. It may be
@@ -58,14 +57,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Union
 
 from batch_outbox import ALMOST, B, Claim
+from circuit_breaker import DRAIN_BACKOFF, PROBE_PATIENCE, SUSPICIOUS, CircuitBreaker
 from fastsmsing import Message
 from message_model import LONGEST_TIME, Entry, SendMessage, ValidationError
 
-__all__ = ["CircuitBreaker", "Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
+__all__ = ["Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
 
-DRAIN_BACKOFF = 1.0  # seconds; longest backoff during a drain, whose time is short
-PROBE_PATIENCE = 60.0  # seconds until another request may be the probe; most clients give up after 10 to 30
-SUSPICIOUS = 3  # failed probes in a row, or failed tries of a batch, after which a message may be to blame
+SUSPICIOUS_PART = 2  # as `SUSPICIOUS`, of a part, which is more likely to hold a bad message
 FIRST_PACE = 1.0  # seconds that a request takes, until one was answered
 PACE_SHARE = 0.25  # of the last request in what a request takes lately
 
@@ -130,84 +128,6 @@ def horizon(config: SmsProxyConfig, waiting: int, pace: float) -> float:
     return config.max_delay + waiting / config.batch_size * pace / config.senders
 
 
-class CircuitBreaker:
-    """Stops all requests but the probe while FastSMSing is away. The owner's lock guards it."""
-
-    def __init__(self, config: SmsProxyConfig, rng: Callable[[], float]) -> None:
-        self._config, self._rng = config, rng
-        self.opened_at: float | None = None  # None: closed
-        self.requests = 0  # that failed since it opened
-        self.probes = 0  # of these
-        self.next_try = 0.0
-        self.asked_until = 0.0  # before that FastSMSing wants no request
-        self.answered_at = -math.inf  # when FastSMSing last answered a request
-        self.longest_backoff = math.inf
-        self._failures = 0  # in a row: the first and the probes; while one batch alone failed, it counts once
-        self._alone: object = None  # that batch
-        self._probe: object = None
-        self._probe_since = 0.0
-
-    @property
-    def open(self) -> bool:
-        """Whether requests have stopped, but for the probe."""
-        return self.opened_at is not None
-
-    def wait(self, now: float) -> float:
-        """Seconds until a request may start, 0 for now, unless the end of the probe comes before."""
-        if not self.open:
-            return 0.0
-        until = self.next_try if self._probe is None else max(self.next_try, self._probe_since + PROBE_PATIENCE)
-        return max(0.0, until - now)
-
-    def begin(self, request: object, now: float) -> None:
-        """A request starts, after `wait` said that it may."""
-        if self.open:
-            self._probe, self._probe_since = request, now
-
-    def failed(self, request: object, retry_after: float, now: float) -> bool:
-        """A request failed for a reason that may pass; returns whether that opened the breaker."""
-        self.asked_until = max(self.asked_until, now + retry_after)
-        opened = not self.open
-        if opened:
-            self.opened_at, self.requests, self.probes = now, 0, 0
-        self.requests += 1
-        if opened or request is self._probe:
-            self.probes += not opened
-            if opened:
-                self._failures, self._alone = 1, request
-            elif request is not self._alone:
-                self._failures, self._alone = self._failures + 1, None
-            self._probe, self.next_try = None, now + self.backoff(self._failures)
-        self.next_try = max(self.next_try, self.asked_until)  # also for one that started before it opened
-        return opened
-
-    def answered(self, now: float) -> tuple[float, int] | None:
-        """FastSMSing answered; returns for how many seconds and failed requests the breaker was open, if it was."""
-        self.answered_at, self.asked_until = now, 0.0
-        if self.opened_at is None:
-            return None
-        seconds, self.opened_at, self._probe = now - self.opened_at, None, None
-        return seconds, self.requests
-
-    def ended(self, request: object) -> None:
-        """However a request ended: the probe's place is free again."""
-        if request is self._probe:
-            self._probe = None
-
-    def backoff(self, failures: int) -> float:
-        """Seconds to wait after so many failures in a row."""
-        return min(self.longest_backoff, self._config.backoff(failures, self._rng()))
-
-    def open_for(self, now: float) -> float:
-        """Seconds since it opened; 0 while it is closed, and only then."""
-        return 0.0 if self.opened_at is None else max(1e-3, now - self.opened_at)
-
-    def hasten(self, now: float) -> None:
-        """From now on no wait is longer than `DRAIN_BACKOFF`, except where FastSMSing asks for it."""
-        self.longest_backoff = DRAIN_BACKOFF
-        self.next_try = min(self.next_try, max(now + DRAIN_BACKOFF, self.asked_until))
-
-
 @dataclass(slots=True, eq=False)
 class Job(Generic[B]):
     """A batch and what its requests came to so far. Whoever works on it owns it; nobody else changes it meanwhile."""
@@ -215,20 +135,31 @@ class Job(Generic[B]):
     batch: B
     attempt: int = 0
     inherited: int = 0  # of these tries, those of the batch that it is a part of
+    own_failures: int = 0
+    fresh: bool = False  # it comes from the outbox, and no request carried it
+    suspicious: bool = False  # its next request carries a single message
+    singles: int = 0  # such requests so far
+    tested: bool = False  # FastSMSing took the single message; this is the rest
+    to_blame: bool = False
     not_before: float = -math.inf  # of the next request: the end of the batch's own backoff
     tried_at: float = math.inf  # when its last request that failed began
-    expires_at: float = math.inf  # when the first of its messages does, while it waits for a retry
+    expires_at: float = math.inf  # when the first of its messages does, while it waits
     answered: bool = False
     # Of the last request:
-    alone: bool = False  # it carries one message of the batch
-    to_blame: bool = False  # it failed because of the batch
+    single: bool = False  # it carries a single message
+    rest: Job[B] | None = None  # then: the others
     started_at: float = 0.0
     sent: tuple[Message, ...] = ()
     error: BaseException | None = None
     refused: Mapping[str, str] = field(default_factory=dict)  # reason by ID
 
+    @property
+    def found(self) -> bool:
+        """Whether it is a bad message, alone."""
+        return self.own_failures >= SUSPICIOUS and len(self.batch) == 1
+
     def part(self, batch: B) -> Job[B]:
-        """A part of it, with the tries of the whole."""
+        """A part of it, which may hold a message that is to blame."""
         return Job(batch, self.attempt, self.attempt, tried_at=self.tried_at)
 
 
@@ -284,13 +215,14 @@ class Scheduler(Generic[B]):
     def __init__(
         self, config: SmsProxyConfig, rng: Callable[[], float], *, durable: bool = False, poll: float | None = None
     ) -> None:
-        self.breaker = CircuitBreaker(config, rng)
+        self.breaker = CircuitBreaker(lambda failures: config.backoff(failures, rng()))
         self.draining = self.closed = False
         self._config, self._rng, self._durable, self._poll = config, rng, durable, poll
         self._ready: list[Job[B]] = []  # each from the moment in its `not_before`
         self._under_way: dict[Job[B], float] = {}  # since when
         self._abandoned: list[Job[B]] = []
-        self._retries_turn = False  # the next request is for a batch that failed before, if there is one
+        self._retries_turn = False  # the next request is for a batch that was sent before, if there is one
+        self._held = False  # such a batch waits for a second sender that is free
         self._pace = 0.0  # seconds from claim to claim of a sender, lately; 0: no request was answered yet
         self._looking: Look | None = None
         self._last_horizon = 0.0
@@ -324,24 +256,37 @@ class Scheduler(Generic[B]):
             return math.inf
         if wait := self.breaker.wait(now):
             return wait
-        ready = (job for job in self._ready if job.not_before <= now)
-        job = min(ready, key=lambda job: (job.attempt, job.not_before), default=None)
+        ready = [job for job in self._ready if job.not_before <= now]
+        everything = self._spare or self.breaker.open or self.draining
+        may = [job for job in ready if everything or not job.own_failures]
+        self._held = len(may) < len(ready)
+        job = min(may, key=lambda job: (not job.fresh, job.found, job.attempt, job.not_before), default=None)
         look_at = self._look_at() - ALMOST / 2  # less than a look allows, so that it does not come too early
-        if job is not None and (not job.attempt or self._retries_turn or now < look_at):
+        if job is not None and (job.fresh or self._retries_turn or now < look_at):
             return self._begin(job, now)
         if now >= look_at:
             self._looking, self._outlook = Look(self._config.batch_size, self._horizon(), self.draining), Outlook()
             return self._looking
         self._told = look_at + ALMOST / 2
-        return min(self._told, min((job.not_before for job in self._ready), default=math.inf)) - now
+        return min(self._told, *(job.not_before for job in self._ready if job.not_before > now), math.inf) - now
+
+    @property
+    def _spare(self) -> bool:
+        """Whether a sender is left when another job has begun; a single one does everything."""
+        return self._config.senders == 1 or len(self._under_way) + 1 < self._config.senders
 
     def _begin(self, job: Job[B], now: float) -> Job[B]:
         self._ready.remove(job)
         self._under_way[job] = now
-        self._retries_turn = not job.attempt
+        self._retries_turn, job.fresh = job.fresh, False
         self.breaker.begin(job, now)
-        job.alone = self.breaker.open and self.breaker.probes >= SUSPICIOUS
+        suspicious = job.suspicious or self.breaker.suspicious
+        job.single, job.suspicious, job.rest = suspicious and len(job.batch) > 1, False, None
         return job
+
+    def _wait(self, job: Job[B]) -> None:
+        job.expires_at = job.batch.expires_at
+        self._ready.append(job)
 
     def _horizon(self) -> float:
         return horizon(self._config, self._outlook.waiting, self._pace or FIRST_PACE)
@@ -389,7 +334,7 @@ class Scheduler(Generic[B]):
         )  # fmt: skip
         self._looking, self._look_by = None, math.inf
         if claim.batch is not None:
-            self._ready.append(Job(claim.batch))
+            self._wait(Job(claim.batch, fresh=True))
             if claim.waiting:  # nothing else is known of them
                 self._look_by = -math.inf
         if self._poll is not None:  # with jitter, or all instances would look together
@@ -404,22 +349,41 @@ class Scheduler(Generic[B]):
 
     def failed(self, job: Job[B], retry_after: float, now: float) -> bool:
         """Its request failed for a reason that may pass; returns whether that opened the breaker."""
-        of_the_batch = job.tried_at < self.breaker.answered_at and not self.breaker.open and not retry_after
-        opened = not of_the_batch and self.breaker.failed(job, retry_after, now)
-        job.to_blame = of_the_batch and not job.alone and job.attempt > SUSPICIOUS
+        own = job.tried_at < self.breaker.answered_at and not self.breaker.open
+        opened = not (own and (job.found or not retry_after)) and self.breaker.failed(job, retry_after, now)
+        if not job.single:
+            job.own_failures += own
+            job.suspicious = own and job.own_failures >= (SUSPICIOUS_PART if job.inherited else SUSPICIOUS)
+            job.to_blame = own and job.tested
         job.tried_at, job.not_before = self._under_way[job], now + self.breaker.backoff(job.attempt - job.inherited)
-        job.expires_at = job.batch.expires_at
         return opened
+
+    def set_aside(self, job: Job[B], rest: B) -> None:
+        """The request of the job carries a part of its batch; this is the rest, which waits for it as for a probe."""
+        job.rest = job.part(rest)
+        job.rest.tested = True
+        job.rest.not_before = self._under_way[job] + PROBE_PATIENCE
+        self._wait(job.rest)
+
+    def take_back(self, job: Job[B]) -> Job[B] | None:
+        """The rest of the job's batch, as far as no request has begun to carry it and it has not expired."""
+        rest, job.rest = job.rest, None
+        if rest is None or rest not in self._ready:
+            return None
+        self._ready.remove(rest)
+        rest.not_before = -math.inf
+        return rest
 
     def ended(self, job: Job[B], again: Sequence[Job[B]], now: float) -> bool:
         """It is over; those in `again` are ready, the job itself perhaps among them. Returns whether the next step is
         another than the last one for that."""
-        waited_for = len(self._under_way) >= self._config.senders or self.breaker.open or self.draining
+        waited_for = len(self._under_way) >= self._config.senders or self.breaker.open or self.draining or self._held
         since = self._under_way.pop(job)
         if job.answered:
             self._pace += (now - since - self._pace) * (PACE_SHARE if self._pace else 1.0)
         self.breaker.ended(job)
-        self._ready.extend(again)
+        for each in again:
+            self._wait(each)
         return waited_for or bool(again) or self._look_at() < self._told  # the horizon grows with the pace
 
     def abandoned(self, job: Job[B], now: float) -> None:
@@ -427,14 +391,15 @@ class Scheduler(Generic[B]):
         self._abandoned.append(job)
         self.ended(job, (), now)
 
-    def expire(self, now: float) -> tuple[list[str], float]:
-        """Takes what has expired out of the batches that wait for a retry; returns its IDs, and when the next does."""
-        expired: list[str] = []
+    def expire(self, now: float) -> tuple[list[tuple[B, list[str]]], float]:
+        """Takes what has expired out of the batches that wait; returns these batches as they were and the IDs of
+        what has, and when the next does."""
+        expired: list[tuple[B, list[str]]] = []
         for job in self._ready:
             if job.expires_at <= now:
-                before, job.batch = job.batch.ids, job.batch.unexpired(now)
+                before, job.batch = job.batch, job.batch.unexpired(now)
                 left = set(job.batch.ids)
-                expired += [message_id for message_id in before if message_id not in left]
+                expired.append((before, [message_id for message_id in before.ids if message_id not in left]))
                 job.expires_at = job.batch.expires_at
         self._ready = [job for job in self._ready if len(job.batch)]
         return expired, min((job.expires_at for job in self._ready), default=math.inf)

@@ -3,15 +3,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from base_repository import Repository
 from batch_dispatcher import Dispatcher
 from batch_scheduler import Job, SmsProxyConfig
+from circuit_breaker import SUSPICIOUS
 from fastsmsing import FastSmsingClient, RejectedError
 from incident_log import Incident, counted, describe, location, named
 from message_model import Batch, Reason, RepositoryUnavailableError
@@ -33,13 +34,14 @@ class Sender:
 
     def __init__(
         self, repository: Repository, client: FastSmsingClient, config: SmsProxyConfig, dispatcher: Dispatcher[Batch],
-        metrics: Metrics, give_up: GiveUp | None, report: Callable[[Job[Batch]], None], remind: Callable[[float], None],
-        clock: Callable[[], float],
+        metrics: Metrics, give_up: GiveUp | None, report: Callable[[Job[Batch]], None], clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._repository, self._client, self._config, self._dispatcher = repository, client, config, dispatcher
-        self._metrics, self._report, self._remind, self._clock = metrics, report, remind, clock
+        self._metrics, self._report, self._clock = metrics, report, clock
         self._give_up_all = give_up or self._record
         self._incident = Incident(log, "what became of messages cannot be recorded", clock=clock)
+        self._lock = threading.Lock()  # guards the following
+        self._rides: Counter[str] = Counter()  # by ID: how many failures that opened the breaker had it as a rider
         self.over = threading.Event()  # set at the end: nothing is waited for any more
 
     def run(self) -> None:
@@ -91,17 +93,16 @@ class Sender:
     def begin(self, job: Job[Batch]) -> None:
         """The request starts."""
         job.attempt, job.started_at = job.attempt + 1, self._clock()
-        entries = job.batch.entries
-        if job.alone:  # each time another one, since the one may be to blame
-            entries = entries[job.attempt % len(entries):][:1]
-        job.sent = tuple([entry.message for entry in entries])
+        if job.single:
+            one = job.batch.entries[job.singles % len(job.batch)]  # each time another one, since it may be the bad one
+            job.singles += 1
+            self._dispatcher.set_aside(job, job.batch.only(lambda entry: entry is not one))
+            job.batch = replace(job.batch, entries=(one,))
+        job.sent = tuple([entry.message for entry in job.batch.entries])
 
     def end(self, job: Job[Batch], error: BaseException | None, answer: object) -> None:
         """The request ended with this error, or this answer."""
         job.error, job.refused = error, {}
-        if isinstance(answer, Mapping):
-            ids = {message.message_id for message in job.sent}
-            job.refused = {message_id: str(reason) for message_id, reason in answer.items() if message_id in ids}
         result = "ok" if error is None else "rejected" if isinstance(error, RejectedError) else "error"
         self._metrics.requests.add(1, result)
         if error is None:
@@ -110,6 +111,15 @@ class Sender:
             self._metrics.errors.add(1, describe(error))
         self._metrics.batch_messages.observe([len(job.sent)])
         self._metrics.request_duration.observe([self._clock() - job.started_at], result)
+        if isinstance(answer, Mapping):
+            self._read(job, answer)
+
+    def _read(self, job: Job[Batch], answer: Mapping[object, object]) -> None:
+        ids = {message.message_id for message in job.sent}
+        try:
+            job.refused = {str(each): str(reason) for each, reason in answer.items() if each in ids}
+        except Exception as odd:  # somebody else's class; FastSMSing answered, and nobody knows what it refuses
+            log.error("an answer that ends with a %s counts as all taken: %s", location(odd), named(job.batch.ids))
 
     def conclude(self, job: Job[Batch]) -> Sequence[Job[Batch]]:
         """Sees to what follows from the request; returns the jobs that are left of it."""
@@ -117,19 +127,14 @@ class Sender:
             return self._failed(job, job.error)
         if closed := self._dispatcher.answered(job):
             log.warning("circuit breaker closed after %.1f s and %s", closed[0], counted(closed[1], "failed request"))
-        if len(job.sent) == len(job.batch):
-            return self._answered(job, job.batch)
-        sent = {message.message_id for message in job.sent}
-        rest = job.part(job.batch.only(lambda entry: entry.message.message_id not in sent))
-        return [*self._answered(job, job.batch.only(lambda entry: entry.message.message_id in sent)), rest]
+        again = self._rejected(job, job.error) if job.error else self._handed_over(job)
+        rest = self._dispatcher.take_back(job)
+        return again if rest is None else [*again, rest]
 
-    def _answered(self, job: Job[Batch], sent: Batch) -> Sequence[Job[Batch]]:
-        return self._rejected(job, sent, job.error) if job.error else self._handed_over(job, sent)
-
-    def _handed_over(self, job: Job[Batch], sent: Batch) -> Sequence[Job[Batch]]:
-        taken = sent
+    def _handed_over(self, job: Job[Batch]) -> Sequence[Job[Batch]]:
+        taken = job.batch
         if job.refused:
-            taken = sent.only(lambda entry: entry.message.message_id not in job.refused)
+            taken = job.batch.only(lambda entry: entry.message.message_id not in job.refused)
             for reason, ids in self._by_reason(job).items():
                 self.give_up(ids, Reason.REJECTED, f", refused by name: {reason}")
         self._metrics.batches.add(1, "handed_over")
@@ -139,6 +144,10 @@ class Sender:
         if taken.entries:
             # Until it is recorded, a crash would send the batch again.
             persist(lambda: self._repository.handed_over(taken), self.over, self._incident)
+            if self._rides:
+                with self._lock:
+                    for message_id in taken.ids:
+                        self._rides.pop(message_id, None)
             log.info("handed over %s at attempt %d: %s", counted(len(taken), "message"), job.attempt, named(taken.ids))
         return ()
 
@@ -151,21 +160,21 @@ class Sender:
             found.setdefault(reason if CODE.fullmatch(reason) else "a reason that is no code", []).append(message_id)
         return found
 
-    def _rejected(self, job: Job[Batch], sent: Batch, error: BaseException) -> Sequence[Job[Batch]]:
+    def _rejected(self, job: Job[Batch], error: BaseException) -> Sequence[Job[Batch]]:
         """Halves the batch; whoever is to blame ends up alone, after about 2 * log2(n) requests."""
         self._report(job)
-        if len(sent) > 1:
-            log.warning("%d messages are rejected (%s), so their halves are sent", len(sent), describe(error))
-            return [Job(half) for half in self._halves(sent)]
-        if self._repository.holds(sent):  # otherwise others send it
+        if len(job.batch) > 1:
+            log.warning("%d messages are rejected (%s), so their halves are sent", len(job.batch), describe(error))
+            return [Job(half.batch) for half in self._halves(job)]
+        if self._repository.holds(job.batch):  # otherwise others send it
             self._metrics.batches.add(1, "given_up")
-            self.give_up(sent.ids, Reason.REJECTED, f", {describe(error)}")
+            self.give_up(job.batch.ids, Reason.REJECTED, f", {describe(error)}")
         return ()
 
-    def _halves(self, batch: Batch) -> Sequence[Batch]:
+    def _halves(self, job: Job[Batch]) -> Sequence[Job[Batch]]:
+        entries, half = job.batch.entries, len(job.batch) // 2
         self._metrics.batches.add(1, "split")
-        half = len(batch) // 2
-        return [replace(batch, entries=part) for part in (batch.entries[:half], batch.entries[half:])]
+        return [job.part(replace(job.batch, entries=part)) for part in (entries[:half], entries[half:])]
 
     def _failed(self, job: Job[Batch], error: BaseException) -> Sequence[Job[Batch]]:
         asked: object = None
@@ -176,34 +185,47 @@ class Sender:
         log.log(logging.WARNING if opened else logging.DEBUG, "%s at attempt %d of %s with %s%s",
                 describe(error), job.attempt, self._config.max_attempts or "any number",
                 counted(len(job.batch), "message"), "; circuit breaker open" if opened else "")  # fmt: skip
-        soonest = job.batch.expires_at
-        if soonest != math.inf:
-            self._remind(max(0.0, soonest - self._clock()))
-        self._release_riders(job)
+        if rest := self._dispatcher.take_back(job):
+            entries = sorted((*job.batch.entries, *rest.batch.entries), key=lambda entry: entry.due)
+            job.batch = replace(job.batch, entries=tuple(entries))
+        suspects = self._release_riders(job, opened)
         if self._config.max_attempts is None or job.attempt < self._config.max_attempts:
             if job.to_blame and len(job.batch) > 1:
+                self._report(job)
                 log.warning("%d messages fail while others are taken, so their halves are sent", len(job.batch))
-                return [job.part(half) for half in self._halves(job.batch)]
-            return [job]
+                return [*self._halves(job), *suspects]
+            return [job, *suspects]
         if self._repository.holds(job.batch):  # otherwise others send it
             self._metrics.batches.add(1, "given_up")
             self.give_up(job.batch.ids, Reason.ATTEMPTS, f", {describe(error)}")
             self._report(job)
-        return ()
+        return suspects
 
-    def _release_riders(self, job: Job[Batch]) -> None:
-        """Puts what is not due back into the outbox. A batch of which nothing is due left as a full one: it stays."""
+    def _release_riders(self, job: Job[Batch], opened: bool) -> list[Job[Batch]]:
+        """Puts what is not due back into the outbox, but for what did not do well there: that becomes a job of its own,
+        which is returned. A batch of which nothing is due left as a full one: it stays."""
         now = self._clock()
         if job.batch.entries[0].due > now or job.batch.entries[-1].due <= now:
-            return
+            return []
         riders = job.batch.only(lambda entry: entry.due > now)
+        suspects = self._suspects(riders, opened)
+        back = riders.only(lambda entry: entry.message.message_id not in suspects)
         try:
-            self._repository.release(riders)
+            self._repository.release(back)
         except RepositoryUnavailableError as error:  # they stay in the batch
             self._incident.failed(error)
-        else:
-            job.batch = job.batch.only(lambda entry: entry.due <= now)
-            self._dispatcher.waits([entry.due - now for entry in riders.entries])
+            return []
+        job.batch = job.batch.only(lambda entry: entry.due <= now)
+        self._dispatcher.waits([entry.due - now for entry in back.entries])
+        return [job.part(riders.only(lambda entry: entry.message.message_id in suspects))] if suspects else []
+
+    def _suspects(self, riders: Batch, opened: bool) -> set[str]:
+        with self._lock:
+            if len(self._rides) > self._config.max_pending:  # some were cancelled, say
+                self._rides.clear()
+            if opened:
+                self._rides.update(riders.ids)
+            return {message_id for message_id in riders.ids if self._rides[message_id] >= SUSPICIOUS}
 
     def give_up(self, ids: Sequence[str], reason: Reason, why: str = "") -> None:
         """Records, behind the delivery reports that came before, that these are not sent any more."""

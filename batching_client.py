@@ -67,9 +67,8 @@ class SimpleBatchingClient:
         self._repository, self._statistics = repository, statistics
         self._metrics = metrics or Metrics()
         self._metrics.pending_limit.value = config.max_pending
-        self.dispatcher = Dispatcher(repository, config, clock, rng, claimed=self._claimed)
-        self.sender = Sender(repository, client, config, self.dispatcher, self._metrics, give_up,
-                             self._report, remind, clock)  # fmt: skip
+        self.dispatcher = Dispatcher(repository, config, clock, rng, claimed=self._claimed, remind=remind)
+        self.sender = Sender(repository, client, config, self.dispatcher, self._metrics, give_up, self._report, clock)
         self._refusals: dict[type[Exception], tuple[str, Incident]] = {
             OverloadedError: ("queue_full", Incident(log, "messages are refused", clock=clock)),
             RepositoryUnavailableError: ("database", Incident(log, "messages cannot be saved", clock=clock)),
@@ -173,7 +172,9 @@ class SimpleBatchingClient:
         Returns the IDs of the latter, which are still to be recorded as expired, behind the delivery reports that came
         before; and seconds until it is to be called again. May block for the repository.
         """
-        retries, next_retry = self.dispatcher.expire()
+        batches, next_retry = self.dispatcher.expire()
+        # Of a batch whose lease is lost others decide.
+        retries = [message_id for batch, ids in batches if self._repository.holds(batch) for message_id in ids]
         following = EXPIRY_STEP
         try:
             expired, following = self._repository.expire()
@@ -197,7 +198,9 @@ class SimpleBatchingClient:
     def _report(self, job: Job[Batch]) -> None:
         if self._statistics is not None:
             try:
-                self._results.put_nowait(ClientResult(job.sent, job.error, job.attempt, self.config.max_attempts))
+                messages = tuple([entry.message for entry in job.batch.entries]) or job.sent
+                attempt = job.attempt - job.inherited
+                self._results.put_nowait(ClientResult(messages, job.error, attempt, self.config.max_attempts))
             except queue.Full:
                 log.warning("the statistics sink is too slow: one result is dropped")
 

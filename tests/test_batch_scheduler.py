@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 
 from base_repository import Claim, look
-from batch_scheduler import PROBE_PATIENCE, CircuitBreaker, Job, Look, Scheduler, SmsProxyConfig, horizon
+from batch_scheduler import Job, Look, Scheduler, SmsProxyConfig, horizon
+from circuit_breaker import PROBE_PATIENCE, CircuitBreaker
 from cost_report import Trace, optimum_by_due
 from fastsmsing import Message
 from message_model import Batch, Entry, SendMessage, ValidationError
+
+
+def breaker_of(config: SmsProxyConfig) -> CircuitBreaker:
+    return CircuitBreaker(lambda failures: config.backoff(failures, 1.0))
 
 
 def scheduler_of(*, durable: bool = False, poll: float | None = None, **config: Any) -> Scheduler[Batch]:
@@ -45,6 +50,12 @@ def begin(scheduler: Scheduler[Batch], now: float, *ids: str) -> Job[Batch]:
     assert job.batch.ids == list(ids)
     job.attempt += 1
     return job
+
+
+def expired(scheduler: Scheduler[Batch], now: float) -> tuple[list[str], float]:
+    batches, following = scheduler.expire(now)
+    assert all(set(ids) <= set(before.ids) for before, ids in batches)
+    return [message_id for _, ids in batches for message_id in ids], following
 
 
 def fail(scheduler: Scheduler[Batch], job: Job[Batch], now: float, retry_after: float = 0.0) -> bool:
@@ -297,7 +308,7 @@ def test_what_is_put_back_into_the_outbox_is_looked_for() -> None:
 
 
 def test_the_breaker_doubles_its_wait_for_probes_only() -> None:
-    breaker = CircuitBreaker(SmsProxyConfig(backoff_base=1.0, backoff_max=100.0), lambda: 1.0)
+    breaker = breaker_of(SmsProxyConfig(backoff_base=1.0, backoff_max=100.0))
     assert breaker.wait(0.0) == 0.0
     assert breaker.failed("a", 0.0, 0.0) is True
     assert breaker.wait(0.0) == 1.0
@@ -316,7 +327,7 @@ def test_the_breaker_doubles_its_wait_for_probes_only() -> None:
 
 
 def test_the_breaker_does_not_double_its_wait_while_one_batch_alone_fails() -> None:
-    breaker = CircuitBreaker(SmsProxyConfig(backoff_base=1.0), lambda: 1.0)
+    breaker = breaker_of(SmsProxyConfig(backoff_base=1.0))
     waits = []
     for now, batch in enumerate(("a", "a", "a", "b", "b", "a", "a")):
         breaker.begin(batch, 100.0 * now)
@@ -339,14 +350,14 @@ def test_one_bad_batch_in_the_night_does_not_hold_up_a_code() -> None:
 
 
 def test_the_breaker_says_for_how_long_it_has_been_open() -> None:
-    breaker = CircuitBreaker(SmsProxyConfig(), lambda: 1.0)
+    breaker = breaker_of(SmsProxyConfig())
     breaker.failed("a", 0.0, 10.0)
     assert (breaker.open_for(10.0), breaker.open_for(13.0)) == (0.001, 3.0)  # 0.0 is closed
     assert breaker.answered(13.0) == (3.0, 1)
 
 
 def test_a_breaker_that_never_opened_has_counted_nothing_and_holds_up_nobody() -> None:
-    breaker = CircuitBreaker(SmsProxyConfig(), lambda: 1.0)
+    breaker = breaker_of(SmsProxyConfig())
     assert (breaker.open, breaker.requests, breaker.wait(0.0), breaker.open_for(0.0)) == (False, 0, 0.0, 0.0)
 
 
@@ -434,33 +445,120 @@ def test_after_three_failed_probes_a_probe_carries_one_message_until_fastsmsing_
     for now in range(1, 7):
         fail(scheduler, job, now)
         job = begin(scheduler, now + 1.0, "a", "b")
-        alone.append(job.alone)
-    assert alone == [False] * 3 + [True] * 3
+        alone.append(job.single)
+    assert alone == [False, False, False, True, False, True]  # and every other one is whole
     scheduler.answered(job, 10.0)
     scheduler.ended(job, [job.part(batch("b"))], 10.0)
     rest = begin(scheduler, 10.0, "b")
-    assert not rest.alone
+    assert not rest.single
     fail(scheduler, rest, 11.0)
     fail(scheduler, begin(scheduler, 12.0, "b"), 12.0)  # opens the breaker, since nothing was answered meanwhile
     assert scheduler.breaker.open
-    assert not begin(scheduler, 13.0, "b").alone
+    assert not begin(scheduler, 13.0, "b").single
 
 
-def test_a_batch_is_to_blame_when_it_fails_for_the_fourth_time_and_another_one_was_taken() -> None:
+def fail_of_its_own(scheduler: Scheduler[Batch], job: Job[Batch], now: float) -> None:
+    """The job under way fails, then another one is taken, and the job begins again."""
+    fail(scheduler, job, now)
+    scheduler.breaker.answered(now + 1.0)
+    assert begin(scheduler, now + 2.0, *job.batch.ids) is job
+
+
+def test_a_batch_with_several_failures_of_its_own_sends_a_single_message_and_is_to_blame_if_that_is_taken() -> None:
+    scheduler = scheduler_of(batch_size=3, backoff_base=1.0, backoff_max=1.0)
+    save(scheduler, 0.0)
+    job, singles = claim(scheduler, 0.0, "a", "b", "c"), []
+    for now in range(0, 8, 2):
+        fail_of_its_own(scheduler, job, now)
+        singles.append(job.single)
+    assert singles == [False, False, False, True]
+    job.batch = batch("a")
+    scheduler.set_aside(job, batch("b", "c"))
+    assert scheduler.next(8.0) == 60.0  # the rest waits for it, but not for ever
+    succeed(scheduler, job, 9.0)
+    rest = scheduler.take_back(job)
+    assert rest is not None
+    scheduler.ended(begin_and_end(scheduler), [rest], 9.0)
+    assert begin(scheduler, 9.0, "b", "c") is rest
+    scheduler.breaker.answered(9.5)
+    fail(scheduler, rest, 10.0)
+    assert rest.to_blame
+
+
+def begin_and_end(scheduler: Scheduler[Batch]) -> Job[Batch]:
+    save(scheduler, 0.0, now=9.0)
+    return claim(scheduler, 9.0, "x")
+
+
+def test_a_single_message_that_fails_is_part_of_its_batch_again_which_is_sent_as_a_whole() -> None:
     scheduler = scheduler_of(batch_size=2, backoff_base=1.0, backoff_max=1.0)
     save(scheduler, 0.0)
-    bad, blamed = claim(scheduler, 0.0, "a", "b"), []
-    for now in range(0, 12, 2):
-        save(scheduler, 0.0, now=now)
-        good = claim(scheduler, now, "good")
-        fail(scheduler, bad, now)
-        blamed.append(bad.to_blame)
-        succeed(scheduler, good, now + 1.0)
-        bad = begin(scheduler, now + 2.0, "a", "b")
-    assert blamed == [False] * 3 + [True] * 3
-    fail(scheduler, bad, 13.0)
-    fail(scheduler, begin(scheduler, 14.0, "a", "b"), 14.0)
-    assert not bad.to_blame  # nothing was taken meanwhile
+    job = claim(scheduler, 0.0, "a", "b")
+    for now in range(0, 8, 2):
+        fail_of_its_own(scheduler, job, now)
+    assert job.single
+    job.batch = batch("a")
+    scheduler.set_aside(job, batch("b"))
+    scheduler.failed(job, 0.0, 9.0)
+    rest = scheduler.take_back(job)
+    assert rest is not None
+    job.batch = batch("a", "b")
+    scheduler.ended(job, [job], 9.0)
+    assert not scheduler.breaker.open
+    assert not begin(scheduler, 10.0, "a", "b").single
+    assert not job.to_blame
+
+
+@pytest.mark.parametrize("gone", ["expired", "sent"])
+def test_what_was_set_aside_cannot_be_taken_back_when_it_is_gone(gone: str) -> None:
+    scheduler = scheduler_of(batch_size=2)
+    save(scheduler, 0.0)
+    job = claim(scheduler, 0.0, "a", "b")
+    job.batch = batch("a")
+    scheduler.set_aside(job, batch("b", expires_at=50.0))
+    if gone == "expired":
+        assert expired(scheduler, 50.0) == (["b"], math.inf)
+    else:
+        begin(scheduler, 60.0, "b")
+    assert scheduler.take_back(job) is None
+
+
+def test_one_sender_is_kept_for_batches_without_failures_of_their_own() -> None:
+    scheduler = scheduler_of(batch_size=1, senders=2, backoff_base=1.0, backoff_max=1.0)
+    save(scheduler, 0.0, 0.0)
+    for job in [claim(scheduler, 0.0, "a", waiting=1), claim(scheduler, 0.0, "b")]:
+        fail(scheduler, job, 1.0)
+    scheduler.breaker.answered(1.5)
+    for job in [begin(scheduler, 2.0, "a"), begin(scheduler, 2.0, "b")]:
+        fail(scheduler, job, 3.0)
+    begin(scheduler, 4.0, "a")
+    assert scheduler.next(4.0) == math.inf  # the second one that fails does not get the last sender
+    good = claimed_now(scheduler, 4.0)
+    scheduler.answered(good, 5.0)
+    assert scheduler.ended(good, (), 5.0)
+    assert scheduler.next(5.0) == math.inf
+    scheduler.drain(5.0)
+    begin(scheduler, 5.0, "b")
+
+
+def test_a_bad_message_that_was_found_opens_the_breaker_no_more_and_goes_last() -> None:
+    scheduler = scheduler_of(batch_size=1, backoff_base=1.0, backoff_max=1.0)
+    save(scheduler, 0.0)
+    bad = claim(scheduler, 0.0, "bad")
+    for now in range(0, 8, 2):
+        fail_of_its_own(scheduler, bad, now)
+    assert bad.found
+    assert fail(scheduler, bad, 9.0, retry_after=3600.0) is False
+    others = Job(batch("c"), attempt=50)
+    scheduler.ended(claimed_now(scheduler, 10.0), [others], 10.0)
+    assert begin(scheduler, 10.0, "c") is others
+
+
+def claimed_now(scheduler: Scheduler[Batch], now: float) -> Job[Batch]:
+    save(scheduler, 0.0, now=now)
+    assert isinstance(scheduler.next(now), Look)
+    scheduler.claimed(Claim(batch("y")), now)
+    return begin(scheduler, now, "y")
 
 
 def test_a_part_of_a_batch_keeps_its_tries_and_has_a_backoff_of_its_own() -> None:
@@ -495,11 +593,11 @@ def test_what_expires_is_taken_out_of_batches_that_wait_for_a_retry() -> None:
     short, long = batch("a", expires_at=10.0), batch("b", expires_at=20.0)
     scheduler.claimed(Claim(Batch((*short.entries, *long.entries))), 0.0)
     job = begin(scheduler, 0.0, "a", "b")
-    assert scheduler.expire(15.0) == ([], math.inf)  # what is in a request is not touched
+    assert expired(scheduler, 15.0) == ([], math.inf)  # what is in a request is not touched
     fail(scheduler, job, 1.0)
-    assert scheduler.expire(9.0) == ([], 10.0)
-    assert scheduler.expire(10.0) == (["a"], 20.0)
-    assert scheduler.expire(20.0) == (["b"], math.inf)
+    assert expired(scheduler, 9.0) == ([], 10.0)
+    assert expired(scheduler, 10.0) == (["a"], 20.0)
+    assert expired(scheduler, 20.0) == (["b"], math.inf)
     assert scheduler.next(30.0) == math.inf
 
 
@@ -513,8 +611,8 @@ def test_of_several_batches_the_first_expiry_counts() -> None:
         jobs.append(begin(scheduler, 0.0, name))
     for job in jobs:
         fail(scheduler, job, 1.0)
-    assert scheduler.expire(1.0) == ([], 20.0)
-    assert scheduler.expire(25.0) == (["b"], 30.0)
+    assert expired(scheduler, 1.0) == ([], 20.0)
+    assert expired(scheduler, 25.0) == (["b"], 30.0)
 
 
 # The end
@@ -618,7 +716,7 @@ def test_a_drain_shortens_backoffs() -> None:
 
 @pytest.mark.parametrize(("asked", "wait"), [(0.0, 1.0), (0.25, 1.0), (7.0, 7.0)])
 def test_a_drain_shortens_the_wait_of_the_breaker_but_not_what_fastsmsing_asked_for(asked: float, wait: float) -> None:
-    breaker = CircuitBreaker(SmsProxyConfig(backoff_base=30.0), lambda: 1.0)
+    breaker = breaker_of(SmsProxyConfig(backoff_base=30.0))
     breaker.failed("a", asked, 0.0)
     breaker.hasten(0.0)
     assert breaker.wait(0.0) == wait
