@@ -304,6 +304,7 @@ TRANSITIONS: dict[State, Row] = {
 
 
 def timeouts(limits: Limits) -> dict[State, float]:
-    """Seconds that a connection may stay in each state; a write-blocked one has `Limits.write_timeout` instead."""
+    """Seconds that a connection may stay in each state; a write-blocked one has `Limits.write_timeout` instead.
+    Only the application has no deadline."""
     return {IDLE: limits.idle_timeout, HEAD: limits.read_timeout, BODY: limits.read_timeout, RESPONDING: NEVER,
-            CLOSING: NEVER, LINGERING: LINGER_TIMEOUT, CLOSED: NEVER}  # fmt: skip
+            CLOSING: limits.write_timeout, LINGERING: LINGER_TIMEOUT, CLOSED: NEVER}  # fmt: skip

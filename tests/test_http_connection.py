@@ -390,6 +390,29 @@ def test_a_refused_peer_has_two_seconds_to_read_its_response(front: DrivenFront)
     assert front.open_connections == 0
 
 
+SILENT = {
+    "malformed": GARBAGE, "no length": post(), "too large": post("Content-Length: 9999999"),
+    "no such path": EXPECTS.replace(b"/echo", b"/nothing"), "half a request": HALF_HEAD,
+    "the last of some": get("/") + GARBAGE, "behind a deferred one": get("/together") + GARBAGE,
+    "behind a large response": LARGE_GET + GARBAGE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", SILENT.values(), ids=SILENT.keys())
+def test_refused_peers_that_stay_silent_are_closed_and_lock_nobody_out(data: bytes) -> None:
+    with driven(Limits(connections=3)) as front:
+        silent = [front.connect().send(data) for _ in range(3)]
+        front.settle()
+        if data is HALF_HEAD:
+            front.wait(10.0)
+        for peer in silent:
+            while 200 <= peer.response().status < 300:
+                pass
+        front.wait(2.0)
+        assert front.open_connections == 0
+        assert front.connect().works
+
+
 # What a peer may take
 
 
