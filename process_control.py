@@ -43,6 +43,7 @@ EXIT_TIME = 2.0  # seconds that the interpreter may take to exit: it joins threa
 ENDING = (signal.SIGTERM, signal.SIGINT)
 LONGEST_WAIT = 3600.0  # seconds; the system's calls take no time of any length
 WAKE = b"\0"  # no signal has this number
+CONTROLS = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # of a terminal, and all that ends a line
 
 
 class ProcessError(Exception):
@@ -243,16 +244,20 @@ def allowed_connections(wanted: int) -> int:
 
 
 class TextFormatter(logging.Formatter):
-    """One line a record, for people; nothing in the message can begin a line of its own."""
+    """One line a record, for people; nothing in the message can begin a line of its own. A traceback is indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         """An ISO 8601 time (local, with its offset), level, thread, logger, message and, if any, exception."""
-        message = record.getMessage()
-        if not message.isprintable():
-            message = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], message)
         stamp = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        line = f"{stamp} {record.levelname} {record.threadName} {record.name}: {message}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        line = f"{stamp} {record.levelname} {record.threadName} {record.name}: {_escaped(record.getMessage())}"
+        if record.exc_info:
+            line += "".join(f"\n    {_escaped(each)}" for each in self.formatException(record.exc_info).split("\n"))
+        return line
+
+
+def _escaped(text: str) -> str:
+    """What could end a line, or move the cursor of a terminal, as Python writes it."""
+    return text if text.isprintable() else re.sub(CONTROLS, lambda found: repr(found[0])[1:-1], text)
 
 
 class JsonFormatter(logging.Formatter):
