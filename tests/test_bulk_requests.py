@@ -281,6 +281,22 @@ def test_what_is_held_of_a_large_body_is_given_back(it: Service, end: Any) -> No
     assert it.front.large_bodies == 0
 
 
+def test_a_client_that_goes_away_while_its_list_is_decoded_leaves_nothing_behind(
+    it: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = posted(json.dumps({**listed(range(900)), "forged": 1}).encode().ljust(100_000))
+    for iterations in range(60):  # until it has its response
+        peer = it.front.connect().send(data)
+        for _ in range(iterations):
+            it.front.iterate(it.front.selector.select(0))
+        peer.reset()
+        it.front.settle()
+        assert (it.front.large_bodies, it.front.open_connections) == (0, 0)
+    assert it.front.counts.by_status()["/sms/bulk", 400] > 0
+    assert (it.repository.backlog(), caplog.messages) == (0, [])
+    assert it.ask(listed([1]))[0] == 202
+
+
 # Side by side with others
 
 
