@@ -46,7 +46,7 @@ class PushedReports:
         """In a worker: the response to a report that the client does not take."""
         try:
             self._receiver.receive(*report)
-        except (Exception, SystemExit) as error:  # somebody else's code
+        except BaseException as error:  # somebody else's code
             self._incident.failed(type(error).__name__)
             for kind, status, text in REFUSALS:
                 if isinstance(error, kind):

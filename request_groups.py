@@ -73,7 +73,7 @@ class Group(Generic[Item, Result]):
     def _results(self, waiting: Mapping[Exchange, Item]) -> Sequence[Result | BaseException]:
         try:
             return self._ask_all([*waiting.values()])
-        except (Exception, SystemExit) as error:  # the boundary: each of them gets a response
+        except BaseException as error:  # the boundary: each of them gets a response
             return [error] * len(waiting)
 
     def _done(

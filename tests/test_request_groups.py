@@ -1,6 +1,7 @@
 """Groups of what requests ask for, and the lanes where that blocks. Steps are taken by hand: no threads."""
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,8 +116,9 @@ def test_a_group_that_is_under_way_again_and_again_never_takes_another_lane() ->
         front.work()
 
 
-def test_an_error_is_the_response_to_all_of_its_group_and_to_no_other() -> None:
-    front, error = Steps(), ArithmeticError("a bug")
+@pytest.mark.parametrize("error", [ArithmeticError("a bug"), SystemExit(1), asyncio.CancelledError()])
+def test_an_error_is_the_response_to_all_of_its_group_and_to_no_other(error: Any) -> None:
+    front = Steps()
 
     def fail(numbers: Sequence[int]) -> list[int | Exception]:
         if 0 in numbers:
