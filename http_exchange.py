@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -67,7 +68,7 @@ class Server(Front, Protocol):
     date: bytes  # the header of this second, and the end of a head
     logs_responses: bool  # the log takes debug messages
     failures: Incident  # requests whose responses are 500, which are our faults
-    large_bodies: int  # bytes, together, of the large bodies that have no response yet
+    large_bodies: Counter[str]  # by route: bytes, together, of the large bodies that have no response yet
 
 
 class Carrier(Protocol):
@@ -129,9 +130,9 @@ class Exchange:
         server, length = self._connection.loop, self.request.length
         self._handler = server.application.route(self)
         if length > server.limits.small_body:
-            if server.large_bodies + length > server.limits.large_bodies:
+            if server.large_bodies[self.route] + length > server.limits.large_bodies:
                 raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "too many large requests at a time", BUSY)
-            server.large_bodies += length
+            server.large_bodies[self.route] += length
             self._large = length
 
     def abandon(self) -> None:
@@ -140,7 +141,7 @@ class Exchange:
             self._give_room()
 
     def _give_room(self) -> None:
-        self._connection.loop.large_bodies -= self._large
+        self._connection.loop.large_bodies[self.route] -= self._large
         self._large = 0
 
     def defer(self, holder: Holder) -> None:

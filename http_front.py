@@ -19,7 +19,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -189,7 +189,7 @@ class FrontServer(HTTPServer):
         self.counts, self.failures = ResponseCounts(), Incident(log, "requests fail", clock=clock)
         self.now, self.soonest, self.idle_deadline = clock(), NEVER, NEVER
         self.logs_responses = False
-        self.large_bodies = 0
+        self.large_bodies = Counter[str]()
         self.date = b""
         self._date_until = 0.0
         self.active: dict[Connection, None] = {}

@@ -63,7 +63,7 @@ class Limits:
     read_timeout: float = 10.0  # for a head, and again for a body
     write_timeout: float = 10.0  # for a response that the peer does not read
     idle_timeout: float = 60.0  # for a keep-alive connection between requests
-    small_body: int = 64 * 1024  # larger ones share what follows, each as announced and until its response
+    small_body: int = 64 * 1024  # larger ones of a route share what follows, each as announced and until its response
     large_bodies: int = 32 * 1024 * 1024
 
 

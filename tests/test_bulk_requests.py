@@ -13,12 +13,13 @@ from helpers import Clock
 from http_doubles import DrivenFront, Peer, req
 from http_protocol import HttpError, Limits
 from message_model import MessageStatus
-from providers import Recorder
+from providers import Receiver, Recorder
 from restapi import RestApi
 from smsproxy import InMemoryRepository, SmsProxy, SmsProxyConfig
 
 MIB = 1024 * 1024
 RETENTION = 100.0  # seconds
+BULK = "/sms/bulk"
 KEY = "Idempotency-Key: newsletter-7"
 TEXT = "We are open on Sunday"
 
@@ -26,12 +27,12 @@ TEXT = "We are open on Sunday"
 class Service:
     """The REST interface in a front that a test drives, over a repository in memory that nobody sends from."""
 
-    def __init__(self, max_pending: int = 100_000, api_keys: Any = ()) -> None:
+    def __init__(self, max_pending: int = 100_000, **options: Any) -> None:
         self.clock = Clock()
         self.repository = InMemoryRepository(RETENTION, clock=self.clock)
         config = SmsProxyConfig(batch_size=10, max_pending=max_pending)
         self.proxy = SmsProxy(Recorder(), config, repository=self.repository)
-        self.front = DrivenFront(Limits(), RestApi(self.proxy, api_keys=dict(api_keys)))
+        self.front = DrivenFront(Limits(), RestApi(self.proxy, **options))
 
     def ask(self, document: object, *lines: str, path: str = "/sms/bulk") -> tuple[int, Any]:
         """Status and document of a POST on a connection of its own."""
@@ -222,7 +223,7 @@ def test_what_the_head_decides_is_told_before_the_body_comes(it: Service, status
     peer = it.front.connect().send(head)
     assert peer.response("POST").status == status
     peer.wait_for_end()
-    assert it.front.large_bodies == 0
+    assert it.front.large_bodies[BULK] == 0
 
 
 def test_a_key_that_is_missing_is_told_before_the_body_comes() -> None:
@@ -238,7 +239,7 @@ def test_of_forty_large_bodies_at_once_as_many_are_taken_in_as_may_be_held(it: S
     head = announced(MIB)
     peers = [it.front.connect().send(head) for _ in range(40)]
     waiting = [peer for peer in peers if peer.is_silent]
-    assert (len(waiting), it.front.large_bodies) == (32, 32 * MIB)
+    assert (len(waiting), it.front.large_bodies[BULK]) == (32, 32 * MIB)
     for peer in set(peers) - set(waiting):
         response = peer.response("POST")
         assert (response.status, response.headers["retry-after"]) == (503, "1")
@@ -246,8 +247,19 @@ def test_of_forty_large_bodies_at_once_as_many_are_taken_in_as_may_be_held(it: S
     for peer in waiting[:9]:
         peer.send(body)
     assert [peer.response("POST").status for peer in waiting[:9]] == [202] * 9
-    assert it.front.large_bodies == 23 * MIB
+    assert it.front.large_bodies[BULK] == 23 * MIB
     assert it.front.connect().send(head + body).response("POST").status == 202
+
+
+def test_reports_that_anybody_may_send_take_no_room_from_lists() -> None:
+    it = Service(api_keys={"shop": "a-key-of-16-chars"}, receiver=Receiver())
+    peers = [it.front.connect().send(announced(MIB, "POST /reports HTTP/1.1")) for _ in range(33)]
+    assert [peer.is_silent for peer in peers].count(False) == 1
+    large = json.dumps(listed([1])).encode().ljust(MIB)
+    accepted = it.front.connect().send(posted(large, "Authorization: Bearer a-key-of-16-chars")).response("POST")
+    assert accepted.status == 202
+    assert it.front.connect().send(announced(MIB, "POST /reports HTTP/1.1")).response("POST").status == 503
+    it.front.close()
 
 
 def in_time(it: Service, peer: Peer) -> None:
@@ -276,9 +288,9 @@ def gone(it: Service, peer: Peer) -> None:
 def test_what_is_held_of_a_large_body_is_given_back(it: Service, end: Any) -> None:
     peer = it.front.connect().send(announced(MIB))
     it.front.settle()
-    assert it.front.large_bodies == MIB
+    assert it.front.large_bodies[BULK] == MIB
     end(it, peer)
-    assert it.front.large_bodies == 0
+    assert it.front.large_bodies[BULK] == 0
 
 
 def test_a_client_that_goes_away_while_its_list_is_decoded_leaves_nothing_behind(
@@ -291,7 +303,7 @@ def test_a_client_that_goes_away_while_its_list_is_decoded_leaves_nothing_behind
             it.front.iterate(it.front.selector.select(0))
         peer.reset()
         it.front.settle()
-        assert (it.front.large_bodies, it.front.open_connections) == (0, 0)
+        assert (it.front.large_bodies[BULK], it.front.open_connections) == (0, 0)
     assert it.front.counts.by_status()["/sms/bulk", 400] > 0
     assert (it.repository.backlog(), caplog.messages) == (0, [])
     assert it.ask(listed([1]))[0] == 202

@@ -692,13 +692,15 @@ def test_large_bodies_share_a_limit_and_one_that_is_being_worked_on_counts_also_
         worked_on.send(b"x" * 30)
         awaited.send(post("Content-Length: 11", body=b"", path="/later"))
         front.settle()
-        assert (front.large_bodies, len(front.echo.deferred)) == (41, 1)
-        refused = front.connect().send(post("Content-Length: 11", "Expect: 100-continue", body=b"")).response("POST")
+        assert (front.large_bodies["/later"], len(front.echo.deferred)) == (41, 1)
+        too_much = post("Content-Length: 11", "Expect: 100-continue", body=b"", path="/later")
+        refused = front.connect().send(too_much).response("POST")
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert front.connect().send(whole(b"x" * 45)).response("POST").status == 200, "another route has its own room"
         assert front.connect().send(whole(b"x" * 10)).response("POST").status == 200, "a small one needs no share"
         worked_on.reset()
         awaited.reset()
         front.settle()
-        assert front.large_bodies == 30
+        assert front.large_bodies["/later"] == 30
         front.finish(raising(HttpError(400, "wrong")))
-        assert front.large_bodies == 0
+        assert front.large_bodies["/later"] == 0
