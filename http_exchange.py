@@ -29,6 +29,7 @@ class Front(Protocol):
     """What an application may ask of the front that serves it."""
 
     limits: Limits
+    now: float  # of this iteration of the loop, by time.monotonic()
     stopping: bool  # a shutdown has begun
     counts: ResponseCounts
 
@@ -64,7 +65,6 @@ class Server(Front, Protocol):
     """What an exchange needs of the front that serves it."""
 
     application: Application
-    now: float  # of this iteration, by time.monotonic()
     date: bytes  # the header of this second, and the end of a head
     logs_responses: bool  # the log takes debug messages
     failures: Incident  # requests whose responses are 500, which are our faults

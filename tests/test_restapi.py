@@ -523,6 +523,27 @@ def test_the_figures_are_there_while_the_database_is_away_but_for_its_own(monkey
         assert figures(server).keys() == before.keys()
 
 
+def test_who_asks_for_the_figures_a_thousand_times_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    front, made = DrivenFront(application=restapi.RestApi(SmsProxy(Recorder(), WAITS))), list[float]()
+    monkeypatch.setattr(restapi.HttpMetrics, "measure", lambda _, front: made.append(front.now))
+    peers = [front.connect() for _ in range(10)]
+    front.settle()
+    for peer in peers:
+        peer.send(raw("HEAD", "/metrics") * 1_000)
+    other = front.connect().send(raw("GET", "/livez"))
+    while front.counts.by_status()["/metrics", 200] < 10_000:
+        front.clock.advance(0.001)
+        front.iterate(front.selector.select(0))
+        for peer in peers:
+            with contextlib.suppress(BlockingIOError):
+                peer.socket.recv(1_000_000)
+        if len(made) == 1:
+            assert front.counts.by_status()["/livez", 200] == 1, "it waits for one group, not for all requests"
+    assert sorted(set(made)) == made, "they are made once an iteration"
+    assert other.response().status == 200
+    front.close()
+
+
 def test_no_body_says_where_the_database_is(caplog: pytest.LogCaptureFixture) -> None:
     away = RepositoryUnavailableError("connection to db.internal port 5432 failed: /var/run/postgresql")
     repository = Guarded()
