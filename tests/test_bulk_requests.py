@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -118,6 +120,46 @@ def test_a_list_means_the_same_wherever_its_text_is_cut_into_pieces(monkeypatch:
         assert [*request_decoding.decode_list(text.encode())][-1] == expected, size
         with pytest.raises(HttpError, match="Expecting value at line 2, column 31"):
             list(request_decoding.decode_list(text.replace("{}", "?}").encode()))
+
+
+NUMBERS = ("0", "-0", "7", "604800", "1.5", "-2.25", "1e3", "1E+2", "12.5e-3", "1.0e+10")
+OTHERS = ('"48"', '"a\\u00e9\\ud83d\\udce6\\n"', '""', "true", "false", "null", "[]", "[1, 1.5]", '{"a": -1e-2}')
+BESIDE = ("PhoneNumber", "Content", "MaxDelay", "MaxAge")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_default_whose_number_is_cut_by_the_end_of_a_piece_is_read_as_a_whole(it: Service, number: str) -> None:
+    head = b'{"Messages": [{"PhoneNumber": "48", "Content": "Hi"}], "MaxDelay": '
+    for cut in range(len(number) + 1):
+        body = head + b" " * (request_decoding.PIECE - len(head) - cut) + number.encode() + b"}"
+        [*_, (defaults, _)] = request_decoding.decode_list(body)
+        assert defaults == {"max_delay": float(number)}, cut
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_any_list_is_read_as_the_json_module_reads_it(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    chance = random.Random(seed)
+
+    def space() -> str:
+        return "".join(chance.choices(" \t\r\n", k=chance.choice((0, 0, 1, 3, 30))))
+
+    def joined(parts: Sequence[str]) -> str:
+        return ",".join(f"{space()}{part}{space()}" for part in parts)
+
+    def value() -> str:
+        return chance.choice(chance.choice((NUMBERS, OTHERS)))
+
+    for _ in range(20):
+        members = [f'"{name}"{space()}:{space()}{value()}' for name in chance.sample(BESIDE, chance.randrange(5))]
+        messages = joined([value() for _ in range(chance.randrange(1, 20))])
+        members.insert(chance.randrange(len(members) + 1), f'"Messages"{space()}:{space()}[{messages}]')
+        text = f"{space()}{{{joined(members)}}}{space()}"
+        expected = json.loads(text, object_pairs_hook=tuple, parse_int=float)
+        monkeypatch.setattr(request_decoding, "PIECE", chance.randrange(40, 120))
+        [*_, (defaults, items)] = request_decoding.decode_list(text.encode())
+        found = [*((request_decoding.FIELDS[name], each) for name, each in defaults.items()), ("Messages", items)]
+        expected = [(name, math.nan if each is None else each) for name, each in expected]
+        assert sorted(map(repr, found)) == sorted(map(repr, expected)), text  # the repr, since NaN equals nothing
 
 
 @pytest.mark.parametrize("value", ["[" + "1," * 500_000 + "1]", '"' + "x" * 1_000_000 + '"', "1" * 1_000_000])
