@@ -24,6 +24,7 @@ WAITING = 64  # lists that wait for their turn; large ones share the memory for 
 LANES = 2  # lists that a blocking repository stores at a time; single messages go in between
 ERRORS = 100  # that a response names
 SLICE = 50  # messages that are checked at a time, which takes a fraction of a millisecond
+COMPLETE: Mapping[str, Any] = {"phone_number": "0", "message": "-"}  # a message to check defaults with
 
 
 class BulkRequests:
@@ -100,6 +101,7 @@ class BulkRequests:
         if problems:
             first = f"nothing is accepted; the message with index {problems[0]['Index']}: {problems[0]['Error']}"
             raise HttpError(HTTPStatus.BAD_REQUEST, first, details={"Errors": problems})
+        message_of((), {**COMPLETE, **defaults}).validate()  # also the defaults that no message needs
         entries = self._proxy.entries(messages, key)
         yield
         self._group.add(exchange, entries)

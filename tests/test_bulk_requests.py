@@ -188,6 +188,26 @@ def test_each_message_that_is_wrong_is_named_by_its_place_and_nothing_is_accepte
     assert (it.repository.backlog(), it.proxy.metrics.accepted.total) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("MaxDelay", "abc", "must be a number of seconds from 0 to 604,800"),
+        ("MaxAge", -5, "must be a number of seconds, more than 0 and at most 604,800"),
+        ("Content", None, "must be a string"), ("PhoneNumber", [], "must be a string"),
+        ("PhoneNumber", "", "must not be empty"),
+        ("Content", "x" * 1_601, "must have at most 1600 characters"), ("maxdelay", None, "must be a number"),
+    ],
+)  # fmt: skip
+def test_a_default_that_is_wrong_is_refused_also_if_no_message_needs_it(
+    it: Service, field: str, value: object, problem: str
+) -> None:
+    complete = {**GOOD, "MaxDelay": 0, "MaxAge": 50}
+    status, found = it.ask({field: value, "Messages": [complete] * 3})
+    named = "MaxDelay" if field == "maxdelay" else field
+    assert (status, list(found), found["Error"].startswith(f"{named} {problem}")) == (400, ["Error"], True), found
+    assert it.repository.backlog() == 0
+
+
 def test_at_most_a_hundred_errors_are_named(it: Service) -> None:
     status, found = it.ask(listed(range(1_000), MaxDelay=-1))
     assert (status, [each["Index"] for each in found["Errors"]]) == (400, list(range(100)))
