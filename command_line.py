@@ -22,6 +22,7 @@ from typing import Any, NoReturn, cast
 from urllib.parse import unquote
 
 from fastsmsing import FastSmsingClient
+from process_control import EndedBySignal
 from smsproxy import RETENTION, SmsProxyConfig, ValidationError, WebhookConfig, WebhookTarget, webhook_secrets
 
 __all__ = [
@@ -360,7 +361,9 @@ def load(factory: str) -> Callable[[], FastSmsingClient]:
         sys.path.append(os.getcwd())
     try:
         found: Any = operator.attrgetter(name)(importlib.import_module(module))
-    except Exception as error:
+    except EndedBySignal:
+        raise
+    except BaseException as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValidationError("client", f"{shown(factory)} cannot be loaded as MODULE:FACTORY: {why}") from None
     if not callable(found):

@@ -14,7 +14,6 @@ import queue
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ except ImportError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
 __all__ = [
-    "JsonFormatter", "OWN_DESCRIPTORS", "ProcessError", "Reactions", "Signals", "TextFormatter",
+    "EndedBySignal", "JsonFormatter", "OWN_DESCRIPTORS", "ProcessError", "Reactions", "Signals", "TextFormatter",
     "allowed_connections", "configure_logging", "notify", "passed_socket", "within",
 ]  # fmt: skip
 
@@ -48,6 +47,10 @@ CONTROLS = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # of a terminal, and all that en
 
 class ProcessError(Exception):
     """The process was started in a way that cannot work."""
+
+
+class EndedBySignal(SystemExit):
+    """A signal ends the process before it serves. Who calls somebody else's code, which may exit, lets this pass."""
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
@@ -86,7 +89,7 @@ class Reactions:
 
 
 class Signals:
-    """SIGTERM and SIGINT end the process: by SystemExit before it serves, by `Reactions.stop` once it does.
+    """SIGTERM and SIGINT end the process: by `EndedBySignal` before it serves, by `Reactions.stop` once it does.
 
     A second one ends it at once, whatever it does, also as PID 1, for which the default action of a signal does
     nothing. So does a thread of its own when the end overruns its deadline by more than `OVERRUN` seconds: Python's
@@ -144,7 +147,7 @@ class Signals:
             os._exit(128 + number)
         self._ended = True
         if self._reactions is None:
-            sys.exit(128 + number)
+            raise EndedBySignal(128 + number)
         self._reactions.stop()
 
     def _reload(self, number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "command_line", "fastsmsing", "http_front", "http_protocol", "incident_log", "process_control",
         "restapi", "smsproxy", "sqlite_repository", "worker_threads",
     ),
-    "command_line": ("fastsmsing", "smsproxy"),
+    "command_line": ("fastsmsing", "process_control", "smsproxy"),
     "process_control": (),
     # HTTP
     "restapi": (

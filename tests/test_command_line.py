@@ -309,7 +309,7 @@ def test_a_client_without_its_module_or_factory_is_refused_with_an_example(
     assert line(capsys, ["--client", given], {}).endswith(f"'{given}' is not MODULE:FACTORY, such as shop:Client\n")
 
 
-@pytest.mark.parametrize("code", ["raise KeyError('TOKEN')\n", "x = = 1\n"])
+@pytest.mark.parametrize("code", ["raise KeyError('TOKEN')\n", "x = = 1\n", "raise SystemExit\n"])
 def test_a_client_whose_module_cannot_be_imported_is_one_line_and_exit_2(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
