@@ -19,8 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
+from urllib.parse import unquote
 
 from fastsmsing import FastSmsingClient
+from process_control import EndedBySignal
 from smsproxy import RETENTION, SmsProxyConfig, ValidationError, WebhookConfig, WebhookTarget, webhook_secrets
 
 __all__ = [
@@ -32,6 +34,9 @@ __version__ = "0.2.0"
 MOST = 1_000_000_000  # the largest number of any flag: 31 years in seconds, which every clock and database can add
 SHORTEST_KEY = 16  # characters of an API key: 95 bits if they are random letters and digits
 QUOTED = 40  # characters of a wrong value that are shown
+LIKE_A_URL = re.compile(r"://|:.*@|password\s*=", re.DOTALL | re.IGNORECASE)  # or like a connection string
+PATH = re.compile(r"\.{0,2}/(?!/)|[A-Za-z]:[\\/]")  # how a name begins that can be nothing else
+FLAG = re.compile(r"(--[A-Za-z][A-Za-z0-9-]*|-[A-Za-z])(=.*)?", re.DOTALL)  # and its value
 KEYS_FILE = "argument --api-keys-file"
 SECRET_FILE = "argument --webhook-secret-file"
 KEYS_VARIABLE = "environment variable SMSPROXY_API_KEYS"
@@ -63,7 +68,9 @@ def number(
 
 
 def shown(text: str) -> str:
-    """A wrong value as messages show it."""
+    """A wrong value as messages show it: nothing of what may hold a password."""
+    if LIKE_A_URL.search(text):
+        return "this value"
     return repr(text if len(text) <= QUOTED else text[:QUOTED] + "...")
 
 
@@ -93,7 +100,8 @@ def is_url(db: str | None) -> bool:
 def database(value: str) -> str:
     """A flag's type: a file, or the URL of a PostgreSQL database. What only resembles a URL or a connection string is
     refused: SQLite would make a file of that name. The message does not show it, since it may hold a password."""
-    if not is_url(words(value)) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|\s*[A-Za-z_]+\s*=", value):
+    text = unquote(words(value))
+    if not is_url(value) and (LIKE_A_URL.search(text) or (re.search("[:=]", text) and not PATH.match(text))):
         raise argparse.ArgumentTypeError(
             "must be a SQLite file (./NAME if the name has a colon or an equals sign) or a postgresql:// URL"
         )
@@ -260,8 +268,9 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit 2, as argparse does, without the usage."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """Exit 2, as argparse does, without the usage, and without a value that belongs to no flag."""
+        message, ignored, _ = message.partition("ignored explicit argument")
+        self.exit(2, f"{self.prog}: error: {message}{'takes no value' if ignored else ''}\n")
 
 
 def program() -> str:
@@ -275,7 +284,11 @@ def read_settings(argv: Sequence[str] | None, environ: Mapping[str, str]) -> Set
     given, links = _variables(environ)
     parser = _parser(given)
     _refuse_variables(parser, given)
-    options = vars(parser.parse_args(argv))
+    parsed, surplus = parser.parse_known_args(argv)
+    if surplus:  # named without their values: a misspelt --db has a password
+        flags = [found[1] for found in map(FLAG.fullmatch, surplus) if found]
+        parser.error(f"unrecognized arguments{': ' if flags else ' without a flag'}{' '.join(flags)}")
+    options = vars(parsed)
     if options.pop("max_batch_size") is not None:
         parser.error("argument --max-batch-size: is gone; --batch-size is the most messages in one request")
     try:
@@ -348,7 +361,9 @@ def load(factory: str) -> Callable[[], FastSmsingClient]:
         sys.path.append(os.getcwd())
     try:
         found: Any = operator.attrgetter(name)(importlib.import_module(module))
-    except Exception as error:
+    except EndedBySignal:
+        raise
+    except BaseException as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValidationError("client", f"{shown(factory)} cannot be loaded as MODULE:FACTORY: {why}") from None
     if not callable(found):

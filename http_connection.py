@@ -134,7 +134,7 @@ class Connection:
         """Sends the responses, closes what has come to its end, or tells the selector what to wait for."""
         if self._out and not self._write_blocked:
             self._flush()
-        if self._restarts and not self._write_blocked:
+        if self._restarts and not self._out:
             loop = self.loop
             if self.state is IDLE and not loop.stopping:  # as `_expire_in` does, in fewer steps
                 self._restarts, self.deadline = False, loop.idle_deadline
@@ -143,12 +143,12 @@ class Connection:
                 except KeyError:
                     loop.idle[self] = None
             else:
+                if self.state is CLOSING:  # all has been sent
+                    self._linger()
                 self._expire_in(loop.timeouts[self.state])
         quiet = self.state is IDLE or (self.state is RESPONDING and not self.parser.buffer)
         if quiet and self._watched == READ and not (self._write_blocked or self._half_closed):
             return  # nothing of what follows: in place of it for speed, a twentieth of a GET's bytecodes
-        if self.state is CLOSING and not self._out:
-            self._linger()
         if self._half_closed and not (self._out or self.state in (RESPONDING, CLOSED)):
             self.drop("closed by the peer")
         if self.state is not CLOSED:

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any, Protocol
 
 from http_protocol import METHODS, NO_HEADERS, HttpError, Limits, Request, State, response_head
+from incident_log import Incident
 from response_counts import ResponseCounts
 
-__all__ = ["Application", "Carrier", "Exchange", "Front", "Handler", "Server"]
+__all__ = ["Application", "Carrier", "Exchange", "Front", "Handler", "Holder", "Server"]
 
 log = logging.getLogger("smsproxy.http")
 
@@ -27,6 +29,7 @@ class Front(Protocol):
     """What an application may ask of the front that serves it."""
 
     limits: Limits
+    now: float  # of this iteration of the loop, by time.monotonic()
     stopping: bool  # a shutdown has begun
     counts: ResponseCounts
 
@@ -62,10 +65,10 @@ class Server(Front, Protocol):
     """What an exchange needs of the front that serves it."""
 
     application: Application
-    now: float  # of this iteration, by time.monotonic()
     date: bytes  # the header of this second, and the end of a head
     logs_responses: bool  # the log takes debug messages
-    large_bodies: int  # bytes, together, of the large bodies that have no response yet
+    failures: Incident  # requests whose responses are 500, which are our faults
+    large_bodies: Counter[str]  # by route: bytes, together, of the large bodies that have no response yet
 
 
 class Carrier(Protocol):
@@ -93,16 +96,27 @@ class Carrier(Protocol):
         """Closes the connection now."""
 
 
-class Exchange:
-    """One request and the way back for its response. It ends with the response, or with the connection."""
+class Holder(Protocol):
+    """What defers responses."""
 
-    __slots__ = ("_began", "_connection", "_deferred", "_handler", "_large", "client", "request", "route")
+    def withdraw(self, exchange: Exchange) -> bool:
+        """The connection is closed: forgets the request, and returns True; or False when it is being worked on."""
+
+
+class Exchange:
+    """One request and the way back for its response. It ends with the response, or with the connection.
+
+    The body is the handler's while that runs, and is freed then: whoever defers the response keeps what it needs.
+    """
+
+    __slots__ = ("_began", "_connection", "_handler", "_holder", "_large", "client", "request", "route")
 
     def __init__(self, request: Request, connection: Carrier) -> None:
         self.request = request
         self.route = "other"  # what the response is counted as
         self.client = ""  # who sent it, for the log
-        self._connection, self._deferred, self._began = connection, False, connection.loop.now
+        self._connection, self._began = connection, connection.loop.now
+        self._holder: Holder | None = None  # what defers the response
         self._handler: Handler | None = None  # once the head has been judged before the body came
         self._large = 0  # bytes of the body that count as large
 
@@ -111,33 +125,28 @@ class Exchange:
         """The front that serves it."""
         return self._connection.loop
 
-    @property
-    def over(self) -> bool:
-        """Whether nobody waits for the response any more."""
-        return self._connection.exchange is not self
-
     def admit(self) -> None:
         """Before the body is taken in: what the head alone decides, and whether there is room. Raises the refusal."""
         server, length = self._connection.loop, self.request.length
         self._handler = server.application.route(self)
         if length > server.limits.small_body:
-            if server.large_bodies + length > server.limits.large_bodies:
+            if server.large_bodies[self.route] + length > server.limits.large_bodies:
                 raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "too many large requests at a time", BUSY)
-            server.large_bodies += length
+            server.large_bodies[self.route] += length
             self._large = length
 
     def abandon(self) -> None:
-        """The connection is closed. What is deferred needs its body until it is done."""
-        if not self._deferred:
+        """The connection is closed. What is being worked on keeps its share of the large bodies until it is done."""
+        if self._holder is None or self._holder.withdraw(self):
             self._give_room()
 
     def _give_room(self) -> None:
-        self._connection.loop.large_bodies -= self._large
+        self._connection.loop.large_bodies[self.route] -= self._large
         self._large = 0
 
-    def defer(self) -> None:
+    def defer(self, holder: Holder) -> None:
         """The response comes later; until then the next requests of this connection wait."""
-        self._deferred = True
+        self._holder = holder
 
     def respond(
         self, status: int, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS,
@@ -161,8 +170,7 @@ class Exchange:
         for name, value in headers.items():
             head += f"{name}: {value}\r\n".encode("latin-1")
         response = head + loop.date if request.method == "HEAD" else head + loop.date + body
-        request.body = b""  # nothing of it is kept while the connection is idle
-        connection.send(response, last, self._deferred)
+        connection.send(response, last, self._holder is not None)
         counted = self.route, status, self._began
         made = loop.counts.new
         made[counted] = made.get(counted, 0) + 1
@@ -171,11 +179,11 @@ class Exchange:
             log.debug("%s%s %s %d", connection.address, client, self._shown, status)
 
     def fail(self, error: BaseException) -> None:
-        """Responds with the refusal that stands for the error; one that stands for none is logged, and is a 500."""
+        """Responds with the refusal that stands for the error; one that has none counts as a failure, and is a 500."""
         connection = self._connection
         refusal = error if isinstance(error, HttpError) else connection.loop.application.refusal(error)
         if refusal is None:
-            log.error("%s failed", self._shown, exc_info=error)
+            connection.loop.failures.failed(self._shown, error)
             refusal = HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error")
         if refusal.close:
             self.request.keep_alive = False
@@ -191,10 +199,11 @@ class Exchange:
             self._began = connection.loop.now
         try:
             (self._handler or connection.loop.application.route(self))(self)
-            if connection.exchange is self and not self._deferred:
+            if connection.exchange is self and self._holder is None:
                 raise RuntimeError("the handler gave no response")
         except (Exception, SystemExit) as error:  # a worker may bring the exit of another thread
             self.failed(error)
+        self.request.body = b""
 
     def finish(self, call: Callable[..., None], *args: Any) -> None:
         """Runs `call(self, *args)`, which makes a deferred response, within the same boundary."""
@@ -206,13 +215,14 @@ class Exchange:
     def failed(self, error: BaseException) -> None:
         """What makes the response raised this: it becomes the response, unless there was one already."""
         connection = self._connection
-        if connection.exchange is not self:  # a second response would pass for the next request's
-            log.error("%s failed after its response", self._shown, exc_info=error)
+        if connection.exchange is not self and connection.state is not State.CLOSED:
+            # A second response would pass for the next request's.
+            connection.loop.failures.failed(f"{self._shown} after its response", error)
             return
         try:
             self.fail(error)
-        except Exception:
-            log.exception("%s failed, and so did its refusal", self._shown)
+        except Exception as another:
+            connection.loop.failures.failed(f"{self._shown} and its refusal", another)
             connection.drop("internal error")
 
     @property

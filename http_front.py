@@ -19,7 +19,7 @@ import socket
 import socketserver
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -30,6 +30,7 @@ from typing import Any
 from http_connection import Connection
 from http_exchange import Application, Front
 from http_protocol import CLOSED, NEVER, Limits, State, parse_headers, timeouts
+from incident_log import Incident
 from response_counts import ResponseCounts
 
 __all__ = ["FrontServer"]
@@ -185,10 +186,10 @@ class FrontServer(HTTPServer):
         self.timeouts: Mapping[State, float] = timeouts(limits)
         self.parse_headers = parse_headers(limits, HEADERS_KEPT)
         self.stopping = False
-        self.counts = ResponseCounts()
+        self.counts, self.failures = ResponseCounts(), Incident(log, "requests fail", clock=clock)
         self.now, self.soonest, self.idle_deadline = clock(), NEVER, NEVER
         self.logs_responses = False
-        self.large_bodies = 0
+        self.large_bodies = Counter[str]()
         self.date = b""
         self._date_until = 0.0
         self.active: dict[Connection, None] = {}

@@ -63,7 +63,7 @@ class Limits:
     read_timeout: float = 10.0  # for a head, and again for a body
     write_timeout: float = 10.0  # for a response that the peer does not read
     idle_timeout: float = 60.0  # for a keep-alive connection between requests
-    small_body: int = 64 * 1024  # larger ones share what follows, each as announced and until its response
+    small_body: int = 64 * 1024  # larger ones of a route share what follows, each as announced and until its response
     large_bodies: int = 32 * 1024 * 1024
 
 
@@ -304,6 +304,7 @@ TRANSITIONS: dict[State, Row] = {
 
 
 def timeouts(limits: Limits) -> dict[State, float]:
-    """Seconds that a connection may stay in each state; a write-blocked one has `Limits.write_timeout` instead."""
+    """Seconds that a connection may stay in each state; a write-blocked one has `Limits.write_timeout` instead.
+    Only the application has no deadline."""
     return {IDLE: limits.idle_timeout, HEAD: limits.read_timeout, BODY: limits.read_timeout, RESPONDING: NEVER,
-            CLOSING: NEVER, LINGERING: LINGER_TIMEOUT, CLOSED: NEVER}  # fmt: skip
+            CLOSING: limits.write_timeout, LINGERING: LINGER_TIMEOUT, CLOSED: NEVER}  # fmt: skip

@@ -66,8 +66,8 @@ class Incident:
         self._count = 0  # of errors since it began; 0 when all is well
         self._began = self._logged = 0.0
 
-    def failed(self, error: object) -> None:
-        """Counts an error, and logs it when it is time."""
+    def failed(self, error: object, trace: BaseException | None = None) -> None:
+        """Counts an error, and logs it when it is time, if it is one of ours with its traceback."""
         with self._lock:
             now = self._clock()
             self._count += 1
@@ -78,7 +78,7 @@ class Incident:
                 return
             self._logged, began = now, self._began
         times = f" ({count} times in {now - began:.0f} s)" if count > 1 else ""
-        self._log.log(self._level, "%s: %s%s", self._what, error, times)
+        self._log.log(self._level, "%s: %s%s", self._what, error, times, exc_info=trace)
 
     def ended(self) -> None:
         """Logs that all is well again, if it was not."""

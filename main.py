@@ -33,6 +33,7 @@ from http_front import FrontServer
 from http_protocol import Limits
 from incident_log import counted
 from process_control import (
+    EndedBySignal,
     ProcessError,
     Reactions,
     Signals,
@@ -66,7 +67,9 @@ def make_client(factory: Callable[[], FastSmsingClient]) -> FastSmsingClient:
     """The client; raises `SmsProxyError` when there is none."""
     try:
         client = factory()
-    except Exception as error:  # somebody else's code
+    except EndedBySignal:
+        raise
+    except BaseException as error:  # somebody else's code, which may exit
         raise SmsProxyError(f"the client cannot be made: {_said(error)}") from error
     if not all(callable(getattr(client, name, None)) for name in ("send", "subscribe", "stop")):
         raise SmsProxyError(f"the client has no send, subscribe and stop: {type(client).__name__}")
@@ -79,7 +82,9 @@ def stop_client(client: FastSmsingClient) -> None:
     """Ends a client that nothing was sent with."""
     try:
         client.stop()
-    except Exception as error:  # somebody else's code
+    except EndedBySignal:
+        raise
+    except BaseException as error:  # somebody else's code
         log.error("the client did not stop well: %s", _said(error))
 
 
@@ -98,9 +103,9 @@ def make_proxy(client: FastSmsingClient, settings: Settings, repository: Reposit
     """The proxy, which subscribes to the client's delivery reports; raises `SmsProxyError` when that fails."""
     try:
         return SmsProxy(client, settings.config, repository=repository, webhook=settings.webhook)
-    except SmsProxyError:
+    except (SmsProxyError, EndedBySignal):
         raise
-    except Exception as error:  # somebody else's code
+    except BaseException as error:  # somebody else's code
         raise SmsProxyError(f"the client's subscribe failed: {_said(error)}") from error
 
 

@@ -14,7 +14,6 @@ import queue
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +27,7 @@ except ImportError:  # not a Unix
     resource = None  # type: ignore[assignment]
 
 __all__ = [
-    "JsonFormatter", "OWN_DESCRIPTORS", "ProcessError", "Reactions", "Signals", "TextFormatter",
+    "EndedBySignal", "JsonFormatter", "OWN_DESCRIPTORS", "ProcessError", "Reactions", "Signals", "TextFormatter",
     "allowed_connections", "configure_logging", "notify", "passed_socket", "within",
 ]  # fmt: skip
 
@@ -43,10 +42,15 @@ EXIT_TIME = 2.0  # seconds that the interpreter may take to exit: it joins threa
 ENDING = (signal.SIGTERM, signal.SIGINT)
 LONGEST_WAIT = 3600.0  # seconds; the system's calls take no time of any length
 WAKE = b"\0"  # no signal has this number
+CONTROLS = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"  # of a terminal, and all that ends a line
 
 
 class ProcessError(Exception):
     """The process was started in a way that cannot work."""
+
+
+class EndedBySignal(SystemExit):
+    """A signal ends the process before it serves. Who calls somebody else's code, which may exit, lets this pass."""
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
@@ -85,7 +89,7 @@ class Reactions:
 
 
 class Signals:
-    """SIGTERM and SIGINT end the process: by SystemExit before it serves, by `Reactions.stop` once it does.
+    """SIGTERM and SIGINT end the process: by `EndedBySignal` before it serves, by `Reactions.stop` once it does.
 
     A second one ends it at once, whatever it does, also as PID 1, for which the default action of a signal does
     nothing. So does a thread of its own when the end overruns its deadline by more than `OVERRUN` seconds: Python's
@@ -143,7 +147,7 @@ class Signals:
             os._exit(128 + number)
         self._ended = True
         if self._reactions is None:
-            sys.exit(128 + number)
+            raise EndedBySignal(128 + number)
         self._reactions.stop()
 
     def _reload(self, number: int, frame: FrameType | None) -> None:
@@ -243,16 +247,20 @@ def allowed_connections(wanted: int) -> int:
 
 
 class TextFormatter(logging.Formatter):
-    """One line a record, for people; nothing in the message can begin a line of its own."""
+    """One line a record, for people; nothing in the message can begin a line of its own. A traceback is indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         """An ISO 8601 time (local, with its offset), level, thread, logger, message and, if any, exception."""
-        message = record.getMessage()
-        if not message.isprintable():
-            message = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], message)
         stamp = datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
-        line = f"{stamp} {record.levelname} {record.threadName} {record.name}: {message}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        line = f"{stamp} {record.levelname} {record.threadName} {record.name}: {_escaped(record.getMessage())}"
+        if record.exc_info:
+            line += "".join(f"\n    {_escaped(each)}" for each in self.formatException(record.exc_info).split("\n"))
+        return line
+
+
+def _escaped(text: str) -> str:
+    """What could end a line, or move the cursor of a terminal, as Python writes it."""
+    return text if text.isprintable() else re.sub(CONTROLS, lambda found: repr(found[0])[1:-1], text)
 
 
 class JsonFormatter(logging.Formatter):

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 from fastsmsing import ReportReceiver
 from http_exchange import Exchange
-from http_protocol import HttpError, Request
+from http_protocol import HttpError
 from request_groups import Group
 from smsproxy import Incident
 
@@ -15,6 +15,7 @@ __all__ = ["PushedReports"]
 
 log = logging.getLogger("smsproxy.http")
 
+Report = tuple[str, Mapping[str, str], bytes]  # query, headers and body
 WAITING = 200  # requests that wait for a worker; each may be as large as a small body
 REFUSALS: tuple[tuple[type[Exception], int, str], ...] = (
     (ValueError, HTTPStatus.BAD_REQUEST, "the client cannot read this report"),
@@ -29,22 +30,23 @@ class PushedReports:
     def __init__(self, receiver: ReportReceiver) -> None:
         self._receiver = receiver
         self._incident = Incident(log, "the client's receive raises")
-        self.group: Group[Request, HttpError | None] = Group(self._receive, self._received, blocking=True, most=1)
+        self.group: Group[Report, HttpError | None] = Group(self._receive, self._received, blocking=True, most=1)
 
     def handle(self, exchange: Exchange) -> None:
         """Hands a report to the client."""
         if len(self.group.waiting) >= WAITING:
             raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, "too many reports at a time", {"Retry-After": "5"})
-        self.group.add(exchange, exchange.request)
+        request = exchange.request
+        self.group.add(exchange, (request.query[1:], dict(request.headers), request.body))
 
-    def _receive(self, requests: Sequence[Request]) -> list[HttpError | None]:
-        return [self._refusal(request) for request in requests]
+    def _receive(self, reports: Sequence[Report]) -> list[HttpError | None]:
+        return [self._refusal(report) for report in reports]
 
-    def _refusal(self, request: Request) -> HttpError | None:
+    def _refusal(self, report: Report) -> HttpError | None:
         """In a worker: the response to a report that the client does not take."""
         try:
-            self._receiver.receive(request.query[1:], dict(request.headers), request.body)
-        except (Exception, SystemExit) as error:  # somebody else's code
+            self._receiver.receive(*report)
+        except BaseException as error:  # somebody else's code
             self._incident.failed(type(error).__name__)
             for kind, status, text in REFUSALS:
                 if isinstance(error, kind):
@@ -53,5 +55,5 @@ class PushedReports:
         self._incident.ended()
         return None
 
-    def _received(self, exchange: Exchange, request: Request, refusal: HttpError | None) -> None:
+    def _received(self, exchange: Exchange, report: Report, refusal: HttpError | None) -> None:
         exchange.respond(HTTPStatus.NO_CONTENT)

@@ -28,6 +28,7 @@ LIST = "messages"
 STEP = 8 * 1024  # characters of a list that are decoded at a time: some fifty messages, a fraction of a millisecond
 PIECE = 64 * 1024  # characters of the longest value in a list, a message for example
 LONGEST_ESCAPE = 12  # characters: of a pair of surrogates; the words of JSON are shorter
+CUT = 3  # characters: a number that ends nearer to the end of a piece may go on, as 1 does in "1.", "1e" and "1e+"
 NO_DEFAULTS: Mapping[str, Any] = {}
 SPACES = re.compile(r"[ \t\n\r]*")  # RFC 8259, 2
 QUOTED = 50  # characters of a client's field name that an error quotes
@@ -161,7 +162,7 @@ class _Reader:
             if more and (error.pos > size - LONGEST_ESCAPE or error.msg.startswith("Unterminated")):
                 raise json.JSONDecodeError(f"No end within {PIECE:,} characters", self._text, self.at) from None
             raise json.JSONDecodeError(error.msg, self._text, begin + error.pos) from None
-        if more and end == size:  # a number may go on
+        if more and end > size - CUT and isinstance(value, float):
             raise json.JSONDecodeError(f"No end within {PIECE:,} characters", self._text, self.at)
         self.at = begin + end
         return value

@@ -1,7 +1,8 @@
 """What the requests of an iteration of the loop ask of the domain, asked as groups; in workers where that blocks."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Generic, TypeVar
 
 from http_exchange import Exchange, Front
@@ -28,23 +29,33 @@ class Group(Generic[Item, Result]):
     ) -> None:  # fmt: skip
         self._ask_all, self._respond, self._most, self._freed = ask, respond, most, freed
         self.lanes = lanes if blocking else 0
-        self.waiting: list[tuple[Exchange, Item]] = []  # for the end of the iteration, or for a lane
+        self.waiting: dict[Exchange, Item] = {}  # for the end of the iteration, or for a lane; in order of arrival
         self._at_end = False  # it is asked at the end of this iteration
         self._under_way = 0
 
     def add(self, exchange: Exchange, item: Item) -> None:
         """Defers the exchange until `respond` gets the result for the item."""
-        exchange.defer()
+        exchange.defer(self)
         if not self._at_end:
             self._at_end = True
             exchange.front.at_end(self.ask)
-        self.waiting.append((exchange, item))
+        self.waiting[exchange] = item
+
+    def withdraw(self, exchange: Exchange) -> bool:
+        """See `Holder`: what waits is not asked for any more."""
+        waited = exchange in self.waiting
+        if waited:
+            del self.waiting[exchange]
+        return waited
 
     def ask(self, front: Front) -> None:
         """Asks for what waits, as groups."""
         self._at_end = False
         while self.waiting and not (self.lanes and self._under_way >= self.lanes):
-            waiting, self.waiting = self.waiting[: self._most], self.waiting[self._most :]
+            waiting, self.waiting = self.waiting, {}
+            if len(waiting) > self._most:
+                items = iter(waiting.items())
+                waiting, self.waiting = dict(islice(items, self._most)), dict(items)
             if self.lanes:
                 self._under_way += 1
                 front.submit(self._work, front, waiting)
@@ -56,27 +67,25 @@ class Group(Generic[Item, Result]):
         """Whether what is added now has to wait for something else."""
         return bool(self.waiting) or 0 < self.lanes <= self._under_way
 
-    def _work(self, front: Front, waiting: Sequence[tuple[Exchange, Item]]) -> None:
+    def _work(self, front: Front, waiting: Mapping[Exchange, Item]) -> None:
         front.call_soon(self._done, front, waiting, self._results(waiting))
 
-    def _results(self, waiting: Sequence[tuple[Exchange, Item]]) -> Sequence[Result | BaseException]:
+    def _results(self, waiting: Mapping[Exchange, Item]) -> Sequence[Result | BaseException]:
         try:
-            return self._ask_all([item for _, item in waiting])
-        except (Exception, SystemExit) as error:  # the boundary: each of them gets a response
+            return self._ask_all([*waiting.values()])
+        except BaseException as error:  # the boundary: each of them gets a response
             return [error] * len(waiting)
 
     def _done(
-        self, front: Front, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
+        self, front: Front, waiting: Mapping[Exchange, Item], results: Sequence[Result | BaseException]
     ) -> None:
         self._under_way -= 1
         self.ask(front)  # first of all, so that the disk does not wait for the responses
         self._freed(front)
         self._finish(waiting, results)
 
-    def _finish(
-        self, waiting: Sequence[tuple[Exchange, Item]], results: Sequence[Result | BaseException]
-    ) -> None:
-        for (exchange, item), result in zip(waiting, results, strict=True):
+    def _finish(self, waiting: Mapping[Exchange, Item], results: Sequence[Result | BaseException]) -> None:
+        for (exchange, item), result in zip(waiting.items(), results, strict=True):
             try:  # in place of `Exchange.finish`, whose calls cost a hundredth of a POST
                 if isinstance(result, BaseException):
                     exchange.fail(result)

@@ -186,6 +186,7 @@ class RestApi:
         # One at a time, and its result for all who ask meanwhile: anybody may ask.
         self._healths = Group(lambda asks: [proxy.health()] * len(asks), self._healthy, blocking=blocking, lanes=1)
         self._figures = Group(self._measure, self._measured, blocking=blocking, lanes=1)
+        self._figures_text, self._figures_made = b"", -1.0  # and in which iteration of the loop
         self._bulks = BulkRequests(proxy)
         reports = PushedReports(receiver) if receiver else None
         self._groups: tuple[Group[Any, Any], ...] = (
@@ -349,9 +350,11 @@ class RestApi:
 
     def _measured(self, exchange: Exchange, asked: None, result: None) -> None:
         front = exchange.front
-        self._http_metrics.measure(front)
-        text = [*self.proxy.metrics.text(), *self._http_metrics.text(), *self._http_metrics.counts(front), ""]
-        exchange.respond(HTTPStatus.OK, "\n".join(text).encode(), content_type=PROMETHEUS)
+        if front.now != self._figures_made:  # once an iteration, since one client may ask for them hundreds of times
+            self._http_metrics.measure(front)
+            text = [*self.proxy.metrics.text(), *self._http_metrics.text(), *self._http_metrics.counts(front), ""]
+            self._figures_text, self._figures_made = "\n".join(text).encode(), front.now
+        exchange.respond(HTTPStatus.OK, self._figures_text, content_type=PROMETHEUS)
 
     def _file(self, exchange: Exchange) -> None:
         """Gives the operators' page or the description of the interface."""

@@ -57,6 +57,7 @@ class Echo:
             "/medium": lambda exchange: exchange.respond(200, LARGE[:MEDIUM]),
             "/large": lambda exchange: exchange.respond(200, LARGE, content_type="text/plain"),
         }  # fmt: skip
+        self.bodies: dict[Exchange, bytes] = {}  # of what is deferred
         self.seen: list[str] = []  # the path of each request that was handled
         self.deferred: list[Exchange] = []  # those to /later, until a test finishes them
         self.gathered: list[Exchange] = []  # those to /together, until the end of the iteration
@@ -90,14 +91,24 @@ class Echo:
 
     def echo(self, exchange: Exchange) -> None:
         request = exchange.request
-        exchange.respond(200, json.dumps([request.path, request.body.decode("latin-1")]).encode())
+        body = self.bodies.pop(exchange, request.body)
+        exchange.respond(200, json.dumps([request.path, body.decode("latin-1")]).encode())
+
+    def defer(self, exchange: Exchange) -> None:
+        """Keeps the body; a body that was kept before stays."""
+        self.bodies.setdefault(exchange, exchange.request.body)
+        exchange.defer(self)
+
+    def withdraw(self, exchange: Exchange) -> bool:
+        """What is deferred is worked on until it is finished."""
+        return False
 
     def later(self, exchange: Exchange) -> None:
-        exchange.defer()
+        self.defer(exchange)
         self.deferred.append(exchange)
 
     def together(self, exchange: Exchange) -> None:
-        exchange.defer()
+        self.defer(exchange)
         if not self.gathered:
             exchange.front.at_end(self.respond_together)
         self.gathered.append(exchange)

@@ -171,6 +171,25 @@ def broken() -> FastSmsingClient:
     raise KeyError("FASTSMSING_TOKEN")
 
 
+def exiting() -> FastSmsingClient:
+    """A factory that ends the process, as if all were well."""
+    sys.exit()
+
+
+class ExitingStop(Recorder):
+    """A client whose `stop` ends the process."""
+
+    def stop(self) -> None:
+        sys.exit()
+
+
+class ExitingSubscribe(Recorder):
+    """A client whose `subscribe` ends the process."""
+
+    def subscribe(self, updates: queue.Queue[Mapping[str, object] | None]) -> None:
+        sys.exit()
+
+
 def demanding(token: str) -> FastSmsingClient:
     """A factory that cannot be called without arguments."""
     raise AssertionError(token)

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "command_line", "fastsmsing", "http_front", "http_protocol", "incident_log", "process_control",
         "restapi", "smsproxy", "sqlite_repository", "worker_threads",
     ),
-    "command_line": ("fastsmsing", "smsproxy"),
+    "command_line": ("fastsmsing", "process_control", "smsproxy"),
     "process_control": (),
     # HTTP
     "restapi": (
@@ -33,9 +33,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pushed_reports": ("fastsmsing", "http_exchange", "http_protocol", "request_groups", "smsproxy"),
     "request_groups": ("http_exchange",),
     "request_decoding": ("http_protocol", "smsproxy"),
-    "http_front": ("http_connection", "http_exchange", "http_protocol", "response_counts"),
+    "http_front": ("http_connection", "http_exchange", "http_protocol", "incident_log", "response_counts"),
     "http_connection": ("http_exchange", "http_protocol"),
-    "http_exchange": ("http_protocol", "response_counts"),
+    "http_exchange": ("http_protocol", "incident_log", "response_counts"),
     "http_protocol": (),
     "response_counts": (),
     # the domain

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,12 +15,13 @@ from helpers import Clock
 from http_doubles import DrivenFront, Peer, req
 from http_protocol import HttpError, Limits
 from message_model import MessageStatus
-from providers import Recorder
+from providers import Receiver, Recorder
 from restapi import RestApi
 from smsproxy import InMemoryRepository, SmsProxy, SmsProxyConfig
 
 MIB = 1024 * 1024
 RETENTION = 100.0  # seconds
+BULK = "/sms/bulk"
 KEY = "Idempotency-Key: newsletter-7"
 TEXT = "We are open on Sunday"
 
@@ -26,12 +29,12 @@ TEXT = "We are open on Sunday"
 class Service:
     """The REST interface in a front that a test drives, over a repository in memory that nobody sends from."""
 
-    def __init__(self, max_pending: int = 100_000, api_keys: Any = ()) -> None:
+    def __init__(self, max_pending: int = 100_000, **options: Any) -> None:
         self.clock = Clock()
         self.repository = InMemoryRepository(RETENTION, clock=self.clock)
         config = SmsProxyConfig(batch_size=10, max_pending=max_pending)
         self.proxy = SmsProxy(Recorder(), config, repository=self.repository)
-        self.front = DrivenFront(Limits(), RestApi(self.proxy, api_keys=dict(api_keys)))
+        self.front = DrivenFront(Limits(), RestApi(self.proxy, **options))
 
     def ask(self, document: object, *lines: str, path: str = "/sms/bulk") -> tuple[int, Any]:
         """Status and document of a POST on a connection of its own."""
@@ -119,6 +122,46 @@ def test_a_list_means_the_same_wherever_its_text_is_cut_into_pieces(monkeypatch:
             list(request_decoding.decode_list(text.replace("{}", "?}").encode()))
 
 
+NUMBERS = ("0", "-0", "7", "604800", "1.5", "-2.25", "1e3", "1E+2", "12.5e-3", "1.0e+10")
+OTHERS = ('"48"', '"a\\u00e9\\ud83d\\udce6\\n"', '""', "true", "false", "null", "[]", "[1, 1.5]", '{"a": -1e-2}')
+BESIDE = ("PhoneNumber", "Content", "MaxDelay", "MaxAge")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_default_whose_number_is_cut_by_the_end_of_a_piece_is_read_as_a_whole(it: Service, number: str) -> None:
+    head = b'{"Messages": [{"PhoneNumber": "48", "Content": "Hi"}], "MaxDelay": '
+    for cut in range(len(number) + 1):
+        body = head + b" " * (request_decoding.PIECE - len(head) - cut) + number.encode() + b"}"
+        [*_, (defaults, _)] = request_decoding.decode_list(body)
+        assert defaults == {"max_delay": float(number)}, cut
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_any_list_is_read_as_the_json_module_reads_it(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    chance = random.Random(seed)
+
+    def space() -> str:
+        return "".join(chance.choices(" \t\r\n", k=chance.choice((0, 0, 1, 3, 30))))
+
+    def joined(parts: Sequence[str]) -> str:
+        return ",".join(f"{space()}{part}{space()}" for part in parts)
+
+    def value() -> str:
+        return chance.choice(chance.choice((NUMBERS, OTHERS)))
+
+    for _ in range(20):
+        members = [f'"{name}"{space()}:{space()}{value()}' for name in chance.sample(BESIDE, chance.randrange(5))]
+        messages = joined([value() for _ in range(chance.randrange(1, 20))])
+        members.insert(chance.randrange(len(members) + 1), f'"Messages"{space()}:{space()}[{messages}]')
+        text = f"{space()}{{{joined(members)}}}{space()}"
+        expected = json.loads(text, object_pairs_hook=tuple, parse_int=float)
+        monkeypatch.setattr(request_decoding, "PIECE", chance.randrange(40, 120))
+        [*_, (defaults, items)] = request_decoding.decode_list(text.encode())
+        found = [*((request_decoding.FIELDS[name], each) for name, each in defaults.items()), ("Messages", items)]
+        expected = [(name, math.nan if each is None else each) for name, each in expected]
+        assert sorted(map(repr, found)) == sorted(map(repr, expected)), text  # the repr, since NaN equals nothing
+
+
 @pytest.mark.parametrize("value", ["[" + "1," * 500_000 + "1]", '"' + "x" * 1_000_000 + '"', "1" * 1_000_000])
 def test_a_value_that_takes_long_to_decode_is_refused_before_it_does(it: Service, value: str) -> None:
     for text in (f'{{"Messages": [{value}]}}', f'{{"MaxDelay": {value}, "Messages": []}}'):
@@ -143,6 +186,26 @@ def test_each_message_that_is_wrong_is_named_by_its_place_and_nothing_is_accepte
     assert (status, found["Errors"]) == (400, [{"Index": place, "Error": text} for place, (_, text) in bad.items()])
     assert found["Error"] == "nothing is accepted; the message with index 1: PhoneNumber is missing"
     assert (it.repository.backlog(), it.proxy.metrics.accepted.total) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("MaxDelay", "abc", "must be a number of seconds from 0 to 604,800"),
+        ("MaxAge", -5, "must be a number of seconds, more than 0 and at most 604,800"),
+        ("Content", None, "must be a string"), ("PhoneNumber", [], "must be a string"),
+        ("PhoneNumber", "", "must not be empty"),
+        ("Content", "x" * 1_601, "must have at most 1600 characters"), ("maxdelay", None, "must be a number"),
+    ],
+)  # fmt: skip
+def test_a_default_that_is_wrong_is_refused_also_if_no_message_needs_it(
+    it: Service, field: str, value: object, problem: str
+) -> None:
+    complete = {**GOOD, "MaxDelay": 0, "MaxAge": 50}
+    status, found = it.ask({field: value, "Messages": [complete] * 3})
+    named = "MaxDelay" if field == "maxdelay" else field
+    assert (status, list(found), found["Error"].startswith(f"{named} {problem}")) == (400, ["Error"], True), found
+    assert it.repository.backlog() == 0
 
 
 def test_at_most_a_hundred_errors_are_named(it: Service) -> None:
@@ -222,7 +285,7 @@ def test_what_the_head_decides_is_told_before_the_body_comes(it: Service, status
     peer = it.front.connect().send(head)
     assert peer.response("POST").status == status
     peer.wait_for_end()
-    assert it.front.large_bodies == 0
+    assert it.front.large_bodies[BULK] == 0
 
 
 def test_a_key_that_is_missing_is_told_before_the_body_comes() -> None:
@@ -238,7 +301,7 @@ def test_of_forty_large_bodies_at_once_as_many_are_taken_in_as_may_be_held(it: S
     head = announced(MIB)
     peers = [it.front.connect().send(head) for _ in range(40)]
     waiting = [peer for peer in peers if peer.is_silent]
-    assert (len(waiting), it.front.large_bodies) == (32, 32 * MIB)
+    assert (len(waiting), it.front.large_bodies[BULK]) == (32, 32 * MIB)
     for peer in set(peers) - set(waiting):
         response = peer.response("POST")
         assert (response.status, response.headers["retry-after"]) == (503, "1")
@@ -246,8 +309,19 @@ def test_of_forty_large_bodies_at_once_as_many_are_taken_in_as_may_be_held(it: S
     for peer in waiting[:9]:
         peer.send(body)
     assert [peer.response("POST").status for peer in waiting[:9]] == [202] * 9
-    assert it.front.large_bodies == 23 * MIB
+    assert it.front.large_bodies[BULK] == 23 * MIB
     assert it.front.connect().send(head + body).response("POST").status == 202
+
+
+def test_reports_that_anybody_may_send_take_no_room_from_lists() -> None:
+    it = Service(api_keys={"shop": "a-key-of-16-chars"}, receiver=Receiver())
+    peers = [it.front.connect().send(announced(MIB, "POST /reports HTTP/1.1")) for _ in range(33)]
+    assert [peer.is_silent for peer in peers].count(False) == 1
+    large = json.dumps(listed([1])).encode().ljust(MIB)
+    accepted = it.front.connect().send(posted(large, "Authorization: Bearer a-key-of-16-chars")).response("POST")
+    assert accepted.status == 202
+    assert it.front.connect().send(announced(MIB, "POST /reports HTTP/1.1")).response("POST").status == 503
+    it.front.close()
 
 
 def in_time(it: Service, peer: Peer) -> None:
@@ -276,9 +350,25 @@ def gone(it: Service, peer: Peer) -> None:
 def test_what_is_held_of_a_large_body_is_given_back(it: Service, end: Any) -> None:
     peer = it.front.connect().send(announced(MIB))
     it.front.settle()
-    assert it.front.large_bodies == MIB
+    assert it.front.large_bodies[BULK] == MIB
     end(it, peer)
-    assert it.front.large_bodies == 0
+    assert it.front.large_bodies[BULK] == 0
+
+
+def test_a_client_that_goes_away_while_its_list_is_decoded_leaves_nothing_behind(
+    it: Service, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = posted(json.dumps({**listed(range(900)), "forged": 1}).encode().ljust(100_000))
+    for iterations in range(60):  # until it has its response
+        peer = it.front.connect().send(data)
+        for _ in range(iterations):
+            it.front.iterate(it.front.selector.select(0))
+        peer.reset()
+        it.front.settle()
+        assert (it.front.large_bodies[BULK], it.front.open_connections) == (0, 0)
+    assert it.front.counts.by_status()["/sms/bulk", 400] > 0
+    assert (it.repository.backlog(), caplog.messages) == (0, [])
+    assert it.ask(listed([1]))[0] == 202
 
 
 # Side by side with others

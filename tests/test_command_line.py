@@ -34,6 +34,14 @@ def variable(name: str) -> str:
     return f"SMSPROXY_{name.upper().replace('-', '_')}"
 
 
+URL = "postgresql://u:hunter2@h/db"
+MANGLED = (  # by quotes of an environment file, by a typing error, or without the scheme
+    f'"{URL}"', f"'{URL}'", f" {URL}", f":{URL}", f"<{URL}>", f"/{URL}", f"./{URL}", f"\ufeff{URL}", f"db={URL}",
+    "u:hunter2@h/db", "//u:hunter2@h/db", "/u:hunter2@h/db", "postgresql:/u:hunter2@h/db", "u:hun@\nhunter2@h",
+    "'host=h password=hunter2'", '"host=h password=hunter2"', "/host=h Password = hunter2", "? password=hunter2",
+    URL.replace(":", "%3A").replace("/", "%2f"), "jdbc:" + URL,
+)  # fmt: skip
+
 # Flag → its default, a good value, what that means, bad values.
 TABLE: dict[str, tuple[object, str, object, tuple[str, ...]]] = {
     "host": ("127.0.0.1", "0.0.0.0", "0.0.0.0", ("",)),
@@ -52,7 +60,7 @@ TABLE: dict[str, tuple[object, str, object, tuple[str, ...]]] = {
     "backoff-max": (30.0, "60", 60.0, ("", "x", "-1", "nan", "inf", "none")),
     "max-age": (None, "60", 60.0, ("", "x", "-1", "nan", "inf", "0")),
     "db": (None, "some.db", "some.db", ("", "mysql://x/hunter2", "host=x password=hunter2", "POSTGRESQL://hunter2@x/y",
-                                        "sqlite:///hunter2", "file:hunter2", "dbname = hunter2")),
+                                        "sqlite:///hunter2", "file:hunter2", "dbname = hunter2", *MANGLED)),
     "retention": (259_200.0, "60", 60.0, ("", "x", "-1", "nan", "inf", "none", "1e12")),
     "lease": (30.0, "10", 10.0, ("", "x", "2.9", "nan", "none", "1e12")),
     "drain-timeout": (10.0, "2.5", 2.5, ("", "x", "-1", "nan", "inf", "none", "1e10")),
@@ -65,7 +73,13 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     *[([], {variable(name): value}, f"argument --{name}: ") for name, value in BAD if value],
     *[([], {variable(name): value}, f"environment variable {variable(name)} is empty; unset it for the default\n")
       for name in (*TABLE, "api-keys") for value in ("", " ")],
-    *[(argv.split(), {}, argv.split()[0]) for argv in ("--unknown 1", "surplus", "--max-d 1", "--port")],
+    *[(argv.split(), {}, argv.split()[0]) for argv in ("--unknown 1", "--max-d 1", "--port", "-p 1", "--dbb --port 1")],
+    *[([flag, URL], {}, f"unrecognized arguments: {flag}\n") for flag in ("--dbb", "--webhook-urll", "-d")],
+    (["--dbb", "hunter2", f"--dbc={URL}"], {}, "unrecognized arguments: --dbb --dbc\n"),
+    *[([surplus], {}, "unrecognized arguments without a flag\n")
+      for surplus in ("surplus", URL, f"-d{URL}", f"--{URL}")],
+    ([f"--check={URL}"], {}, "argument --check: takes no value\n"),
+    *[([f"--{name}={URL}"], {}, f"argument --{name}: ") for name in ("port", "log-level", "client", "max-age")],
     *[(argv.split(), {}, "--batch-size is the most messages in one request")
       for argv in ("--max-batch-size", "--max-batch-size 100", "--max-batch-size=x")],
     *[([], {f"SMSPROXY_{wrong}": "x"}, f"variable SMSPROXY_{wrong}; did you mean SMSPROXY_{right}?\n")
@@ -135,7 +149,8 @@ def test_what_is_refused_says_what_would_be_right(argv: str, said: str, capsys: 
 
 
 @pytest.mark.parametrize("db", [
-    "/var/lib/sms.db", "./a=b", "./file:x", "C:\\sms.db", "postgres://x/y", "postgresql://"])  # fmt: skip
+    "/var/lib/sms.db", "./a=b", "./file:x", "/srv/day=1/a:b.db", "../x:y", "a@b.db", "/srv/a@b:c",
+    "C:\\sms.db", "postgres://x/y", "postgresql://"])  # fmt: skip
 def test_what_can_be_a_database_is_taken(db: str) -> None:
     assert read_settings(["--db", db], {}).db == db
 
@@ -294,7 +309,7 @@ def test_a_client_without_its_module_or_factory_is_refused_with_an_example(
     assert line(capsys, ["--client", given], {}).endswith(f"'{given}' is not MODULE:FACTORY, such as shop:Client\n")
 
 
-@pytest.mark.parametrize("code", ["raise KeyError('TOKEN')\n", "x = = 1\n"])
+@pytest.mark.parametrize("code", ["raise KeyError('TOKEN')\n", "x = = 1\n", "raise SystemExit\n"])
 def test_a_client_whose_module_cannot_be_imported_is_one_line_and_exit_2(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

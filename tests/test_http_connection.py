@@ -198,6 +198,17 @@ def test_a_deferred_response_to_a_peer_that_has_gone_is_nobodys(front: DrivenFro
     assert (front.open_connections, front.echo.seen, caplog.messages) == (0, ["/later"], [])
 
 
+@pytest.mark.parametrize("error", [HttpError(404, "no"), KeyError("known"), HttpError(409, "no", close=True)])
+def test_a_refusal_of_a_peer_that_has_gone_is_nobodys_either(
+    front: DrivenFront, caplog: Log, error: Exception
+) -> None:
+    front.echo.refusals[KeyError] = HttpError(422, "known")
+    front.connect().send(LATER).reset()
+    front.finish(raising(error))
+    front.settle()
+    assert (front.open_connections, front.counts.by_status(), caplog.messages) == (0, {}, [])
+
+
 # Half-closed peers, and those that go away
 
 
@@ -390,6 +401,29 @@ def test_a_refused_peer_has_two_seconds_to_read_its_response(front: DrivenFront)
     assert front.open_connections == 0
 
 
+SILENT = {
+    "malformed": GARBAGE, "no length": post(), "too large": post("Content-Length: 9999999"),
+    "no such path": EXPECTS.replace(b"/echo", b"/nothing"), "half a request": HALF_HEAD,
+    "the last of some": get("/") + GARBAGE, "behind a deferred one": get("/together") + GARBAGE,
+    "behind a large response": LARGE_GET + GARBAGE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("data", SILENT.values(), ids=SILENT.keys())
+def test_refused_peers_that_stay_silent_are_closed_and_lock_nobody_out(data: bytes) -> None:
+    with driven(Limits(connections=3)) as front:
+        silent = [front.connect().send(data) for _ in range(3)]
+        front.settle()
+        if data is HALF_HEAD:
+            front.wait(10.0)
+        for peer in silent:
+            while 200 <= peer.response().status < 300:
+                pass
+        front.wait(2.0)
+        assert front.open_connections == 0
+        assert front.connect().works
+
+
 # What a peer may take
 
 
@@ -447,13 +481,14 @@ def no_latin_1(exchange: Exchange) -> None:
 
 
 FAILURES: list[Any] = [
-    pytest.param(raising(RuntimeError("secret")), 500, ["GET <{}> failed"], id="error"),
-    pytest.param(raising(SystemExit(1)), 500, ["GET <{}> failed"], id="exit"),  # as of a thread that called sys.exit()
+    pytest.param(raising(RuntimeError("secret")), 500, ["requests fail: GET <{}>"], id="error"),
+    # As of a thread that called sys.exit().
+    pytest.param(raising(SystemExit(1)), 500, ["requests fail: GET <{}>"], id="exit"),
     pytest.param(raising(KeyError("secret")), 422, [], id="an error that the application knows"),
     pytest.param(raising(HttpError(409, "no")), 409, [], id="refusal"),
-    pytest.param(no_latin_1, 500, ["GET <{}> failed"], id="header"),
-    pytest.param(too_late, 200, ["GET <{}> failed after its response"], id="too late"),
-    pytest.param(twice, 200, ["GET <{}> failed after its response"], id="twice"),
+    pytest.param(no_latin_1, 500, ["requests fail: GET <{}>"], id="header"),
+    pytest.param(too_late, 200, ["requests fail: GET <{}> after its response"], id="too late"),
+    pytest.param(twice, 200, ["requests fail: GET <{}> after its response"], id="twice"),
 ]
 
 
@@ -476,7 +511,15 @@ def test_a_request_that_fails_costs_only_its_own_response(
 def test_a_handler_that_neither_responds_nor_defers_is_a_500(front: DrivenFront, caplog: Log) -> None:
     front.echo.routes["/nothing"] = lambda exchange: None
     assert front.connect().send(get("/nothing") + get("/")).statuses(2) == [500, 200]
-    assert caplog.messages == ["GET </nothing> failed"]
+    assert caplog.messages == ["requests fail: GET </nothing>"]
+
+
+def test_requests_that_fail_again_and_again_are_counted_and_not_logged_each(front: DrivenFront, caplog: Log) -> None:
+    front.echo.routes["/fails"] = raising(ValueError("secret"))
+    for seconds in (60.0, 0.0):
+        assert front.connect().send(get("/fails") * 50).statuses(50) == [500] * 50
+        front.wait(seconds)
+    assert caplog.messages == ["requests fail: GET </fails>", "requests fail: GET </fails> (51 times in 60 s)"]
 
 
 def test_a_refusal_may_have_headers_and_close_the_connection(front: DrivenFront) -> None:
@@ -494,7 +537,9 @@ def test_an_error_as_the_head_is_looked_at_is_a_500(
     monkeypatch.setattr(front.echo, "route", raising(ValueError("secret")))
     for data in (get("/"), EXPECTS):
         assert front.connect().send(data).response().status == 500
-    assert caplog.messages == ["GET </> failed", "POST </echo> failed"]
+        front.wait(60.0)
+    failed = ["requests fail: GET </>", "requests fail: POST </echo> (2 times in 60 s)"]
+    assert caplog.messages == failed
 
 
 @pytest.mark.parametrize("used", [True, False])
@@ -512,7 +557,8 @@ def test_an_error_in_refusing_costs_that_connection(
         front.finish(front.echo.routes["/fails"])
     peer.wait_for_end()
     assert front.open_connections == 0
-    assert [text for text in caplog.messages if "and so did its refusal" in text]
+    path = "/later" if data is LATER else "/fails"
+    assert caplog.messages == [f"requests fail: GET <{path}> and its refusal"]
     assert front.connect().works
 
 
@@ -646,13 +692,15 @@ def test_large_bodies_share_a_limit_and_one_that_is_being_worked_on_counts_also_
         worked_on.send(b"x" * 30)
         awaited.send(post("Content-Length: 11", body=b"", path="/later"))
         front.settle()
-        assert (front.large_bodies, len(front.echo.deferred)) == (41, 1)
-        refused = front.connect().send(post("Content-Length: 11", "Expect: 100-continue", body=b"")).response("POST")
+        assert (front.large_bodies["/later"], len(front.echo.deferred)) == (41, 1)
+        too_much = post("Content-Length: 11", "Expect: 100-continue", body=b"", path="/later")
+        refused = front.connect().send(too_much).response("POST")
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert front.connect().send(whole(b"x" * 45)).response("POST").status == 200, "another route has its own room"
         assert front.connect().send(whole(b"x" * 10)).response("POST").status == 200, "a small one needs no share"
         worked_on.reset()
         awaited.reset()
         front.settle()
-        assert front.large_bodies == 30
-        front.finish()
-        assert front.large_bodies == 0
+        assert front.large_bodies["/later"] == 30
+        front.finish(raising(HttpError(400, "wrong")))
+        assert front.large_bodies["/later"] == 0

@@ -275,7 +275,7 @@ def test_what_may_block_runs_in_a_worker_and_hands_its_result_back() -> None:
         exchange.front.call_soon(exchange.finish, echo.echo)
 
     def blocks(exchange: Exchange) -> None:
-        exchange.defer()
+        echo.defer(exchange)
         exchange.front.submit(work, exchange)
 
     echo.routes["/blocks"] = blocks

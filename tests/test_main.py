@@ -109,6 +109,11 @@ def test_a_check_needs_no_port_and_changes_nothing(tmp_path: Path, capsys: pytes
     assert (code, "good" in out, err, list(tmp_path.iterdir())) == (0, True, "", [])
 
 
+def test_a_check_of_a_client_whose_stop_exits_says_so_and_what_is_good(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = ended(capsys, "--check", "--client", "providers:ExitingStop")
+    assert (code, "good" in out, "the client did not stop well: SystemExit" in err) == (0, True, True)
+
+
 @pytest.mark.parametrize(("host", "code"), [("there", 0), ("away", 1)])
 def test_a_check_asks_postgresql_without_making_a_repository_there(
     host: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -123,12 +128,14 @@ def test_a_check_asks_postgresql_without_making_a_repository_there(
     assert ended(capsys, *argv)[::2] == (code, "main.py: error: cannot start: it is away\n" * code)
 
 
-CHECKED = ["--client providers:broken", "--client providers:demanding", "--client builtins:dict", "--db {keys}"]
-UNCHECKED = ["192.0.2.1", "::ffff:ffff", "a..b", "x" * 70, "1.2.3.4.5"]
+CLIENTS = ["providers:broken", "providers:exiting", "providers:demanding", "builtins:dict"]
+CHECKED = [*[f"--client {client}" for client in CLIENTS], "--db {keys}"]
+HOSTS = ["192.0.2.1", "::ffff:ffff", "a..b", "x" * 70, "1.2.3.4.5"]
+UNCHECKED = ["--client providers:ExitingSubscribe", *[f"--host {host}" for host in HOSTS]]
 
 
 @pytest.mark.parametrize("argv", [
-    *[f"{argv} --check" for argv in CHECKED], *CHECKED, *[f"--host {host}" for host in UNCHECKED]])  # fmt: skip
+    *[f"{argv} --check" for argv in CHECKED], *CHECKED, *UNCHECKED])  # fmt: skip
 def test_a_start_that_cannot_succeed_is_one_line(argv: str, keys: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, line = failed(capsys, "--port", "0", *argv.format(keys=keys).split())
     named = str(keys) if "--db" in argv else argv.split()[-1] if "--host" in argv else ""

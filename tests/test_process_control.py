@@ -31,19 +31,23 @@ from process_control import (
 
 def test_a_line_of_the_log_begins_with_its_time_and_cannot_be_forged() -> None:
     try:
-        raise ValueError("zażółć\nline two")
+        raise ValueError("zażółć\nline two \x1b[2J\x85")
     except ValueError:
         said = ("no\r\n2026 %s", ("\x1b[31m\x85\u2028ż",), sys.exc_info())
     record = logging.LogRecord("smsproxy", logging.ERROR, "", 0, *said)
-    lines = TextFormatter().format(record).splitlines()
+    lines = TextFormatter().format(record).split("\n")
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d ERROR ", lines[0])
     assert lines[0].endswith(r" smsproxy: no\r\n2026 \x1b[31m\x85\u2028ż")
-    assert (lines[1], lines[-1]) == ("Traceback (most recent call last):", "line two")
+    assert (lines[1], lines[-1]) == ("    Traceback (most recent call last):", r"    line two \x1b[2J\x85")
+    assert {line[:4] for line in lines[1:]} == {"    "}
+    assert all(line.isprintable() for line in lines)
     text = JsonFormatter().format(record)
     doc = json.loads(text)
     assert "\n" not in text
     assert (doc["level"], doc["logger"], doc["message"]) == ("ERROR", "smsproxy", record.getMessage())
-    assert "ValueError: zażółć\nline two" in doc["exception"]
+    assert "ValueError: zażółć\nline two \x1b[2J\x85" in doc["exception"]
+    assert text.isascii()
+    assert text.isprintable()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", doc["time"])
 
 

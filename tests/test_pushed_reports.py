@@ -1,6 +1,7 @@
 """Delivery reports that the provider pushes: what the client's `receive` gets, and what its errors become."""
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ ERRORS: list[tuple[BaseException, int, str]] = [
     (UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET), 400, "the client cannot read this report"),
     (PermissionError(SECRET), 401, "the client does not trust this report"),
     (RuntimeError(SECRET), 500, "internal error"), (SystemExit(SECRET), 500, "internal error"),
+    (asyncio.CancelledError(SECRET), 500, "internal error"), (KeyboardInterrupt(SECRET), 500, "internal error"),
 ]  # fmt: skip
 
 
@@ -68,7 +70,7 @@ def test_what_receive_raises_is_told_by_its_kind_and_logged_once_by_its_type(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with service(Receiver(error)) as server:
-        for _ in range(3):
+        for _ in range(LANES + 1):  # and no lane stays occupied
             assert request(server, "POST", f"/reports?{SECRET}", SECRET.encode())[:2] == (status, {"Error": text})
         assert request(server, "POST", "/sms", GOOD)[0] == 202
     lines = [record.getMessage() for record in caplog.records if record.levelno > logging.DEBUG]

@@ -1,6 +1,7 @@
 """Groups of what requests ask for, and the lanes where that blocks. Steps are taken by hand: no threads."""
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class Asked:
     def __init__(self, front: Steps) -> None:
         self.front, self.got = front, list[object]()
 
-    def defer(self) -> None:
+    def defer(self, holder: object) -> None:
         """Needs nothing."""
 
     def fail(self, error: BaseException) -> None:
@@ -115,8 +116,9 @@ def test_a_group_that_is_under_way_again_and_again_never_takes_another_lane() ->
         front.work()
 
 
-def test_an_error_is_the_response_to_all_of_its_group_and_to_no_other() -> None:
-    front, error = Steps(), ArithmeticError("a bug")
+@pytest.mark.parametrize("error", [ArithmeticError("a bug"), SystemExit(1), asyncio.CancelledError()])
+def test_an_error_is_the_response_to_all_of_its_group_and_to_no_other(error: Any) -> None:
+    front = Steps()
 
     def fail(numbers: Sequence[int]) -> list[int | Exception]:
         if 0 in numbers:
@@ -126,6 +128,27 @@ def test_an_error_is_the_response_to_all_of_its_group_and_to_no_other() -> None:
     group = group_of(fail, blocking=False)
     asked = ask(front, group, 0, 2) + ask(front, group, 1, 3)
     assert [exchange.got for exchange in asked] == [[error], [error], [error], [(3, 3)]]
+
+
+def test_what_waits_for_a_lane_can_be_withdrawn_and_what_is_under_way_cannot() -> None:
+    front, group = Steps(), group_of(lanes=1)
+    asked = ask(front, group, 1) + ask(front, group, 2, 3, 4)
+    assert [group.withdraw(asked[place]) for place in (0, 2, 2)] == [False, True, False]
+    front.work()
+    front.work()
+    assert [exchange.got for exchange in asked] == [[(1, 2)], [(2, 4)], [], [(4, 8)]]
+
+
+def test_what_is_more_than_a_group_may_have_waits_for_the_next_one() -> None:
+    front, groups = Steps(), list[Sequence[int]]()
+
+    def note(numbers: Sequence[int]) -> list[int | Exception]:
+        groups.append(numbers)
+        return double(numbers)
+
+    asked = ask(front, group_of(note, blocking=False, most=2), 1, 2, 3, 4, 5)
+    assert (groups, [exchange.got for exchange in asked]) == (
+        [[1, 2], [3, 4], [5]], [[(number, 2 * number)] for number in range(1, 6)])  # fmt: skip
 
 
 def test_a_group_whose_end_failed_is_asked_for_again() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import logging
 import math
@@ -24,6 +25,8 @@ import restapi
 from change_outbox import Change, ChangeBody
 from fastsmsing import FastSmsingError, RejectedError
 from helpers import HANG, Peer, Response, RestServer, exchange, raw, request, serving
+from http_doubles import DrivenFront
+from http_exchange import Exchange
 from providers import Gate, Receiver, Recorder, Scripted
 from smsproxy import (
     TRANSITIONS,
@@ -440,6 +443,37 @@ def test_what_comes_while_the_repository_is_busy_shares_its_next_calls_and_other
     assert call in ("get", "cancel") or lanes < len(sizes) <= 2 * lanes
 
 
+PADDED = b" " * 60_000  # bytes of a body
+GONE = {  # and how many groups of them are with the workers at a time
+    "POST /sms": (raw("POST", "/sms", json.dumps(GOOD).encode() + PADDED), request_groups.LANES),
+    "GET /sms/x": (raw("GET", "/sms/x", PADDED), request_groups.LANES),
+    "DELETE /sms/x": (raw("DELETE", "/sms/x", PADDED), request_groups.LANES),
+    "GET /healthz": (raw("GET", "/healthz", PADDED), 1), "GET /metrics": (raw("GET", "/metrics", PADDED), 1),
+    "POST /reports": (raw("POST", "/reports", PADDED), request_groups.LANES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "lanes"), GONE.values(), ids=GONE.keys())
+def test_nothing_is_kept_of_requests_whose_clients_are_gone_while_the_database_stalls(data: bytes, lanes: int) -> None:
+    proxy, over = SmsProxy(Recorder(), WAITS, repository=Guarded()), threading.Event()
+    front = DrivenFront(application=restapi.RestApi(proxy, receiver=Receiver()))
+
+    def stall() -> None:
+        over.wait(HANG)
+
+    front.submit(stall)  # in its only worker
+    for _ in range(lanes + 20):
+        peer = front.connect().send(data)
+        front.settle()
+        peer.reset()
+        front.settle()
+    gc.collect()
+    kept = [each for each in gc.get_objects() if isinstance(each, Exchange) and each.front is front]
+    assert ([len(each.request.body) for each in kept], front.open_connections) == ([0] * lanes, 0)
+    over.set()
+    front.close()
+
+
 # Health and figures
 
 
@@ -487,6 +521,27 @@ def test_the_figures_are_there_while_the_database_is_away_but_for_its_own(monkey
         assert now["messages_accepted_total"] == 1
         assert before.keys() - now.keys() >= {"pending_messages", "oldest_pending_message_age_seconds"}
         assert figures(server).keys() == before.keys()
+
+
+def test_who_asks_for_the_figures_a_thousand_times_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    front, made = DrivenFront(application=restapi.RestApi(SmsProxy(Recorder(), WAITS))), list[float]()
+    monkeypatch.setattr(restapi.HttpMetrics, "measure", lambda _, front: made.append(front.now))
+    peers = [front.connect() for _ in range(10)]
+    front.settle()
+    for peer in peers:
+        peer.send(raw("HEAD", "/metrics") * 1_000)
+    other = front.connect().send(raw("GET", "/livez"))
+    while front.counts.by_status()["/metrics", 200] < 10_000:
+        front.clock.advance(0.001)
+        front.iterate(front.selector.select(0))
+        for peer in peers:
+            with contextlib.suppress(BlockingIOError):
+                peer.socket.recv(1_000_000)
+        if len(made) == 1:
+            assert front.counts.by_status()["/livez", 200] == 1, "it waits for one group, not for all requests"
+    assert sorted(set(made)) == made, "they are made once an iteration"
+    assert other.response().status == 200
+    front.close()
 
 
 def test_no_body_says_where_the_database_is(caplog: pytest.LogCaptureFixture) -> None:
