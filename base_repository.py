@@ -65,7 +65,11 @@ class Repository(abc.ABC):
 
     @abc.abstractmethod
     def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
-        """Applies the updates in one step; returns why some could not be. What is updated leaves the outbox."""
+        """Applies the updates in one step; returns why some could not be. What is updated leaves the outbox.
+
+        A `Reason` is refused with a `StatusTransitionError` when the message is not in the outbox any more: it was
+        handed over or reported on, so it is not ours to give up.
+        """
 
     @abc.abstractmethod
     def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,7 @@ from message_model import (
     MessageStatus,
     OverloadedError,
     Reason,
-    SmsProxyError,
-    check_transition,
+    refusal,
 )
 from sqlite_claims import Key, OutboxClaims
 from sqlite_file import VERSION
@@ -46,13 +45,17 @@ _BEFORE = {  # the statuses that may lead to a status
     status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "''"
     for status in MessageStatus
 }
-NOTABLE = {  # by the status that is wanted: what is unknown, in the outbox, or not allowed to get it
-    status: f"""
-    SELECT column1, place, status, status IS NULL OR status NOT IN ({_BEFORE[status]}) FROM (VALUES {{rows}})
+_FORBIDDEN: Mapping[MessageStatus | Reason, str] = {  # which messages do not get an update
+    **{status: f"status NOT IN ({_BEFORE[status]})" for status in MessageStatus},
+    **dict.fromkeys(Reason, "changed_at IS NOT NULL"),
+}
+NOTABLE = {  # by the update that is wanted: what is unknown, in the outbox, or not allowed to get it
+    update: f"""
+    SELECT column1, place, status, status IS NULL OR {forbidden} FROM (VALUES {{rows}})
     LEFT JOIN message ON id = column1 AND (changed_at IS NULL OR changed_at > ?)
-    WHERE column1 IS NOT NULL AND (changed_at IS NULL OR status NOT IN ({_BEFORE[status]}))
+    WHERE column1 IS NOT NULL AND (changed_at IS NULL OR {forbidden})
     """
-    for status in MessageStatus
+    for update, forbidden in _FORBIDDEN.items()
 }
 UPDATE_MESSAGES = "UPDATE message SET status = ?, reason = ?, changed_at = ?, place = NULL WHERE id IN ({rows})"
 LEAVE_OUTBOX = "DELETE FROM outbox WHERE place IN ({rows})"
@@ -182,7 +185,7 @@ class Tables:
         for update in dict.fromkeys(update for _, update in items):
             status, reason = STATUS_OF[update], update.value if isinstance(update, Reason) else None
             ids = [message_id for message_id, each in items if each is update]
-            found = _execute(self._db, NOTABLE[status], _rows(ids), last=(self.forgotten(),))
+            found = _execute(self._db, NOTABLE[update], _rows(ids), last=(self.forgotten(),))
             refused.update((message_id, current) for message_id, _, current, forbids in found if forbids)
             rows = _rows(each for each in ids if each not in refused)
             _execute(self._db, UPDATE_MESSAGES, rows, first=(status.value, reason, self.changed_at()))
@@ -318,13 +321,12 @@ def _entry(row: Sequence[Any], clock: EpochClock) -> Entry:
     )  # fmt: skip
 
 
-def _refusal(message_id: str, update: MessageStatus | Reason, current: str | None) -> Exception | None:
+def _refusal(message_id: str, update: MessageStatus | Reason, current: str | None) -> Exception:
     """Why a message with this status (None: unknown) does not get the update."""
     try:
-        check_transition(message_id, MessageStatus(current or MessageStatus.NOT_FOUND), STATUS_OF[update])
-    except (SmsProxyError, ValueError) as error:  # ValueError: the row makes no sense
+        return refusal(message_id, MessageStatus(current or MessageStatus.NOT_FOUND), update)
+    except ValueError as error:  # the row makes no sense
         return error
-    return None
 
 
 def _execute(

@@ -49,6 +49,12 @@ class StatusUpdateError:
     message_id: str
     status: object
 
+    @property
+    def is_late(self) -> bool:
+        """Whether it gave up a message that was handed over or reported on before, which is nobody's fault."""
+        harmless = isinstance(self.error, (StatusTransitionError, UnknownMessageError))
+        return harmless and isinstance(self.status, Reason)
+
 
 class StatusUpdater:
     """Applies delivery reports from a thread of its own, which keeps house, too. Thread-safe.
@@ -157,7 +163,8 @@ class StatusUpdater:
             updates = self._updates(report)
             twice = pending.keys() & updates.keys()
             changes = {(pending[message_id], updates[message_id]) for message_id in twice}
-            if all(STATUS_OF[after] in TRANSITIONS[STATUS_OF[before]] for before, after in changes):
+            # A `Reason` may follow nothing: whether it does is for the repository to say.
+            if all(after in TRANSITIONS[STATUS_OF[before]] for before, after in changes):
                 replaced.update(twice)
             else:
                 self._store(pending, replaced)
@@ -204,7 +211,9 @@ class StatusUpdater:
             failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
             log.info("FastSMSing reports %s as FAILED: %s", counted(len(failed), "message"), named(failed))
         failures = [StatusUpdateError(error, message_id, updates[message_id]) for message_id, error in errors.items()]
-        self._fail(failures, replaced)
+        if late := [failure.message_id for failure in failures if failure.is_late]:
+            log.info("%s not given up, but reported on meanwhile: %s", counted(len(late), "message"), named(late))
+        self._fail([failure for failure in failures if not failure.is_late], replaced)
 
     def _count(self, applied: Updates, replaced: Counter[str]) -> None:
         counts = Counter(applied.values())

@@ -23,11 +23,8 @@ from message_model import (
     OverloadedError,
     Reason,
     RepositoryUnavailableError,
-    SmsProxyError,
-    StatusTransitionError,
-    UnknownMessageError,
     ValidationError,
-    check_transition,
+    refusal,
 )  # fmt: skip
 
 from .backlog import Backlog, Counts
@@ -219,7 +216,7 @@ class PostgresRepository(Repository):
         for message_id, update in updates.items():
             before, applied = found.get(message_id, (MessageStatus.NOT_FOUND, False))
             if not applied:
-                errors[message_id] = _refusal(message_id, before, STATUS_OF[update])
+                errors[message_id] = refusal(message_id, before, update)
         return errors
 
     # Handing over
@@ -379,15 +376,3 @@ def _entries(rows: Sequence[Any], now: float) -> tuple[Entry, ...]:
         times = accepted_at, accepted_at + linger, accepted_at + max_age
         entries.append(Entry(message, None, linger, by_default, max_age, *times))
     return tuple(entries)
-
-
-def _refusal(message_id: str, current: MessageStatus, status: MessageStatus) -> Exception:
-    """Why this update of a message is refused."""
-    if current is MessageStatus.NOT_FOUND:
-        return UnknownMessageError(f"message {message_id!r} is not known")
-    try:
-        check_transition(message_id, current, status)
-    except SmsProxyError as error:
-        return error
-    # It could be applied by the status seen, so another process changed it: the next report tells.
-    return StatusTransitionError(f"message {message_id} was changed meanwhile")

@@ -214,6 +214,23 @@ class RepositoryContract:
         assert (repository.get(name(1)), repository.reason(name(1))) == (FAILED, reason)
         assert (repository.get(name(2)), repository.reason(name(2))) == (FAILED, None)
 
+    @pytest.mark.parametrize("reason", Reason)
+    def test_what_was_handed_over_or_reported_on_cannot_be_given_up_any_more(
+        self, repository: Repository, reason: Reason
+    ) -> None:
+        repository.save_all(entries(range(4)))
+        batch = repository.claim(3, 0.0).batch
+        assert batch is not None
+        repository.handed_over(batch.only(lambda each: each.message.message_id == name(0)))
+        repository.update_all({name(1): CONFIRMED})
+        errors = repository.update_all({**{name(number): reason for number in range(4)}, "x": reason})
+        kinds = {key: type(error) for key, error in errors.items()}
+        assert kinds == {name(0): StatusTransitionError, name(1): StatusTransitionError, "x": UnknownMessageError}
+        found = [(repository.get(name(number)), repository.reason(name(number))) for number in range(4)]
+        assert found == [(ACCEPTED, None), (CONFIRMED, None), (FAILED, reason), (FAILED, reason)]
+        assert repository.update_all({name(0): FAILED, name(1): DELIVERED}) == {}
+        assert repository.backlog() == 0
+
     def test_one_update_that_fails_costs_no_other(self, repository: Repository) -> None:
         repository.save_all([entry(number) for number in range(3)])
         repository.update(name(1), DELIVERED)
@@ -513,9 +530,9 @@ class RepositoryContract:
 
     # Forgetting
 
-    @pytest.mark.parametrize("update", [None, CONFIRMED, DELIVERED, Reason.REJECTED])
+    @pytest.mark.parametrize("update", [None, CONFIRMED, DELIVERED, FAILED])
     def test_a_message_is_forgotten_some_time_after_its_last_change(
-        self, repository: Repository, age: Callable[[float], None], update: MessageStatus | Reason | None
+        self, repository: Repository, age: Callable[[float], None], update: MessageStatus | None
     ) -> None:
         repository.save(name(1))
         age(0.9 * RETENTION)

@@ -16,6 +16,7 @@ import pytest
 import fastsmsing
 import message_ids
 import status_updater
+from fastsmsing import Message
 from helpers import HANG, Clock, returned_by
 from smsproxy import (
     InMemoryRepository,
@@ -42,7 +43,7 @@ class Watched(InMemoryRepository):
         self.entered, self.gate = threading.Semaphore(0), threading.Event()
         self.gate.set()
         for message_id in message_ids:
-            self.save(message_id)
+            self.save(message_id, Message("48123456789", "Hi", message_id))
 
     def update_all(self, updates: Mapping[str, Any]) -> dict[str, Exception]:
         self.entered.release()
@@ -101,14 +102,22 @@ def test_reports_that_came_together_have_the_effect_of_one_after_the_other(seed:
     assert len(together.groups) < len(apart.groups)
 
 
-@pytest.mark.parametrize(
-    ("report", "status", "reason"),
-    [("DELIVERED", DELIVERED, None), ("FAILED", FAILED, None), ("CONFIRMED", FAILED, Reason.ATTEMPTS)],
-)
-def test_giving_up_does_not_overtake_a_report(report: str, status: MessageStatus, reason: Reason | None) -> None:
+@pytest.mark.parametrize("report", [CONFIRMED, DELIVERED, FAILED])
+def test_giving_up_does_not_overtake_a_report(report: MessageStatus) -> None:
     repository = Watched("a")
-    updater_of(repository, {"a": report}, {"a": Reason.ATTEMPTS})
-    assert (repository.get("a"), repository.reason("a")) == (status, reason)
+    updater_of(repository, {"a": report.value}, {"a": Reason.ATTEMPTS})
+    assert (repository.get("a"), repository.reason("a")) == (report, None)
+
+
+def test_a_message_that_is_given_up_too_late_is_no_refused_report(caplog: pytest.LogCaptureFixture) -> None:
+    metrics, repository = Metrics(), Watched("a", "b")
+    for report in ({"a": "CONFIRMED"}, {"a": Reason.ATTEMPTS, "x": Reason.EXPIRED}, {"a": "DELIVERED"}):
+        updater = updater_of(repository, report, metrics=metrics)
+        assert errors_of(updater) == []
+    assert repository.get("a") is DELIVERED
+    counts = {label: metrics.reports.count(label) for label in ("applied", *StatusUpdater.RESULTS.values(), "error")}
+    assert counts == {"applied": 2, "refused": 0, "unknown_message": 0, "unknown_status": 0, "error": 0}
+    assert (metrics.final.count("FAILED"), caplog.messages) == (0, [])
 
 
 def test_what_cannot_be_applied_is_an_error_and_the_rest_is_applied() -> None:
