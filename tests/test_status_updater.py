@@ -289,6 +289,44 @@ def test_a_report_that_cannot_be_read_costs_no_other_and_no_give_up(caplog: pyte
     assert "48123456789" not in caplog.text
 
 
+@pytest.mark.parametrize("broken", [ValueError("48123456789"), MemoryError()])
+def test_a_report_that_does_not_know_its_length_costs_no_other(broken: Exception) -> None:
+    class Unsized(Broken):
+        def __len__(self) -> int:
+            raise broken
+
+    repository = Watched("a", "b", "c")
+    with running(repository, {"b": "DELIVERED"}, Unsized(), {"c": "DELIVERED"}) as updater:
+        returned_by(updater.updates.join)
+    assert repository.statuses("a", "b", "c") == [DELIVERED] * 3
+
+
+def test_a_large_report_is_stored_in_parts_and_what_is_stored_is_not_stored_again() -> None:
+    ids = [f"m{number}" for number in range(2_400)]
+    repository, metrics = Watched(*ids), Metrics()
+    refusals = {2: RepositoryUnavailableError("disk full")}
+
+    def update_all(updates: Mapping[str, Any]) -> dict[str, Exception]:
+        if refusal := refusals.pop(len(repository.groups), None):
+            raise refusal
+        return Watched.update_all(repository, updates)
+
+    repository.update_all = update_all  # type: ignore[method-assign]
+    updater_of(repository, dict.fromkeys(ids, "DELIVERED"), metrics=metrics)
+    assert [len(group) for group in repository.groups] == [1_000, 1_000, 400]
+    assert Counter(repository.statuses(*ids)) == {DELIVERED: 2_400}
+    assert (metrics.reports.count("applied"), metrics.reports.count("refused")) == (2_400, 0)
+
+
+def test_what_a_large_report_replaces_counts_as_that_does() -> None:
+    ids = [f"m{number}" for number in range(2_400)]
+    metrics, repository = Metrics(), Watched(*ids)
+    reports = {ids[0]: "CONFIRMED", "x": "CONFIRMED"}, {**dict.fromkeys(ids, "DELIVERED"), "x": "DELIVERED"}
+    updater_of(repository, *reports, metrics=metrics)
+    assert [len(group) for group in repository.groups] == [1_000, 1_000, 401]
+    assert (metrics.reports.count("applied"), metrics.reports.count("unknown_message")) == (2_401, 2)
+
+
 def test_reports_about_ids_that_are_not_ours_are_one_line_without_an_id(caplog: pytest.LogCaptureFixture) -> None:
     with running(Watched("a")) as updater:
         for number in range(500):
