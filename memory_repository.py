@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from base_repository import FORGET_STEP, RETENTION, Ages, Claim, Repository, look
+from base_repository import FORGET_STEP, RETENTION, Ages, Cancelled, Claim, Repository, look
 from memory_changes import MemoryChanges
 from memory_outbox import MemoryOutbox
 from message_model import (
@@ -165,13 +165,14 @@ class InMemoryRepository(Repository):
         with self._lock:
             self._leave([entry for entry in batch.entries if entry.place], MessageStatus.ACCEPTED)
 
-    def cancel(self, message_id: str) -> bool:
+    def cancel(self, message_id: str) -> Cancelled | None:
         """See `Repository`."""
         with self._lock:
             entry = self._records.get(message_id)
             if isinstance(entry, Entry) and self._outbox.waits(entry):
                 self._leave([entry], Reason.CANCELLED)
-        return self.reason(message_id) is Reason.CANCELLED
+                return Cancelled.NOW
+        return Cancelled.BEFORE if self.reason(message_id) is Reason.CANCELLED else None
 
     def expire(self) -> tuple[list[str], float]:
         """See `Repository`."""

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from base_repository import RETENTION, Ages, Claim, Repository
+from base_repository import RETENTION, Ages, Cancelled, Claim, Repository
 from group_commit import GroupCommit
 from incident_log import Incident
 from message_model import (
@@ -124,9 +124,9 @@ class SqliteRepository(Repository):
             if error is not None:  # one message's own: trying again would not help
                 raise SmsProxyError(str(error)) from error
 
-    def cancel(self, message_id: str) -> bool:
+    def cancel(self, message_id: str) -> Cancelled | None:
         """See `Repository`."""
-        return storable(message_id) and self._commits.change_one(self._tables.cancel, message_id)
+        return self._commits.change_one(self._tables.cancel, message_id) if storable(message_id) else None
 
     def expire(self) -> tuple[list[str], float]:
         """See `Repository`. Writes only if something is past its expiry."""

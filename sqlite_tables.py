@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from base_repository import EXPIRE_STEP, FORGET_STEP
+from base_repository import EXPIRE_STEP, FORGET_STEP, Cancelled
 from fastsmsing import Message
 from message_model import (
     STATUS_OF,
@@ -199,12 +199,15 @@ class Tables:
             _execute(self._db, HANDED_OVER, rows, first=(self.changed_at(),))
         return [None] * len(entries)
 
-    def cancel(self, ids: Sequence[str]) -> list[bool]:
+    def cancel(self, ids: Sequence[str]) -> list[Cancelled | None]:
         """`Repository.cancel`."""
-        for message_id in ids:
-            if any(self._reserve(key) for key in self._db.execute(KEY, (message_id,)).fetchall()):
-                self.update([(message_id, Reason.CANCELLED)])
-        return [self.status(self._db, message_id)[1] is Reason.CANCELLED for message_id in ids]
+        return list(map(self._cancel, ids))
+
+    def _cancel(self, message_id: str) -> Cancelled | None:
+        if any(self._reserve(key) for key in self._db.execute(KEY, (message_id,)).fetchall()):
+            self.update([(message_id, Reason.CANCELLED)])
+            return Cancelled.NOW
+        return Cancelled.BEFORE if self.status(self._db, message_id)[1] is Reason.CANCELLED else None
 
     def expire(self, items: Sequence[None]) -> list[tuple[list[str], float]]:
         """`Repository.expire`."""

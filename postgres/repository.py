@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository
+from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Cancelled, Claim, Repository
 from change_outbox import ChangeOutbox
 from fastsmsing import Message
 from message_model import (
@@ -271,13 +271,13 @@ class PostgresRepository(Repository):
 
     # What waits
 
-    def cancel(self, message_id: str) -> bool:
-        """See `Repository`. One statement, under the lock of the claims."""
+    def cancel(self, message_id: str) -> Cancelled | None:
+        """See `Repository`. One statement, under the lock of the claims. If its answer is lost, none is told `NOW`."""
         if not _storable(message_id):
-            return False
+            return None
         cancelled, now = self._database.run(CANCEL, (message_id, self._retention, self._slice))[0]
         self._backlog.add(-now, -now)
-        return bool(cancelled)
+        return (Cancelled.NOW if now else Cancelled.BEFORE) if cancelled else None
 
     def expire(self) -> tuple[list[str], float]:
         """See `Repository`. What other processes accept may expire before what is known here: the wait is short."""

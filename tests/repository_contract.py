@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from base_repository import Claim, Repository
+from base_repository import Cancelled, Claim, Repository
 from fastsmsing import Message
 from helpers import HANG
 from message_model import (
@@ -454,10 +454,10 @@ class RepositoryContract:
 
     def test_a_message_that_waits_can_be_cancelled_and_is_never_sent(self, repository: Repository) -> None:
         repository.save_all(entries(range(3), linger=50.0))
-        assert repository.cancel(name(1))
+        assert repository.cancel(name(1)) is Cancelled.NOW
         assert (repository.get(name(1)), repository.reason(name(1))) == (FAILED, Reason.CANCELLED)
         assert repository.backlog() == 2
-        assert repository.cancel(name(1))  # again
+        assert repository.cancel(name(1)) is Cancelled.BEFORE
         assert self.numbers(repository.claim(5, 0.0, flush=True).batch) == [0, 2]
 
     def test_what_is_in_a_batch_handed_over_final_or_unknown_is_not_cancelled(self, repository: Repository) -> None:
@@ -466,10 +466,30 @@ class RepositoryContract:
         assert batch is not None
         repository.handed_over(batch.only(lambda each: each.message.message_id == name(0)))
         repository.update_all({name(2): DELIVERED, name(3): Reason.REJECTED})
-        assert [repository.cancel(name(number)) for number in range(5)] == [False] * 5
+        assert [repository.cancel(name(number)) for number in range(5)] == [None] * 5
         statuses = [repository.get(name(number)) for number in range(5)]
         assert statuses == [ACCEPTED, ACCEPTED, DELIVERED, FAILED, NOT_FOUND]
         assert not any(repository.cancel(message_id) for message_id in ODD_IDS)
+
+    def test_of_those_who_cancel_a_message_at_the_same_time_one_is_told_that_it_was_he(
+        self, repository: Repository
+    ) -> None:
+        told: list[tuple[int, Cancelled | None]] = []
+        start = threading.Barrier(4)
+
+        def cancel() -> None:
+            start.wait(HANG)
+            told.extend((number, repository.cancel(name(number))) for number in range(50))
+
+        repository.save_all(entries(range(50)))
+        threads = [threading.Thread(target=cancel) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG)
+        for when, times in (Cancelled.NOW, 1), (Cancelled.BEFORE, 3):
+            found = sorted(number for number, each in told if each is when)
+            assert found == sorted([*range(50)] * times)
 
     def test_of_a_cancel_and_a_claim_one_gets_the_message(self, repository: Repository) -> None:
         cancelled: list[int] = []

@@ -478,7 +478,7 @@ def test_saves_of_one_commit_are_counted_together_and_none_can_be_cancelled_befo
         gate.opened.set()
         saved, cancelled, more = (each.result(HANG) for each in behind)
         assert first.result(HANG) == [None]
-    assert (saved, cancelled) == ([None, None], False)
+    assert (saved, cancelled) == ([None, None], None)
     assert [type(error) for error in more] == [type(None), OverloadedError]
     assert repository.claim(9, 0.0).waiting == 0
     assert repository.backlog() == 4
