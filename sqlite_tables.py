@@ -24,7 +24,7 @@ from message_model import (
 from sqlite_claims import Key, OutboxClaims
 from sqlite_file import VERSION
 
-__all__ = ["EpochClock", "Tables", "entries_at", "storable"]
+__all__ = ["EpochClock", "Tables", "entries_at", "expired_at", "is_damaged", "storable"]
 
 # Rows of one statement. A statement for each row would hand the interpreter's lock over each time, and one for every
 # number of rows would be prepared too often.
@@ -67,8 +67,8 @@ AT = f"SELECT {COLUMNS} FROM outbox WHERE place IN ({{rows}})"
 # Statements of one row.
 STATUS = "SELECT status, reason FROM message WHERE id = ? AND (changed_at IS NULL OR changed_at > ?)"
 KEY = "SELECT due, place FROM outbox WHERE place = (SELECT place FROM message WHERE id = ?)"
-EXPIRING = "SELECT expires_at, id, due, place FROM outbox WHERE expires_at IS NOT NULL ORDER BY expires_at"
-FIRST_EXPIRY = "SELECT min(expires_at) FROM outbox WHERE expires_at IS NOT NULL"
+EXPIRING = "SELECT expires_at, place FROM outbox WHERE expires_at IS NOT NULL ORDER BY expires_at"
+WAITING = "SELECT id, due FROM outbox WHERE place = ?"
 HASTEN = "UPDATE outbox SET due = accepted_at + ? WHERE default_linger AND due > accepted_at + ?"
 FORGET = "DELETE FROM message WHERE id IN (SELECT id FROM message WHERE changed_at <= ? ORDER BY changed_at LIMIT ?)"
 FIRST_CHANGE = "SELECT min(changed_at) FROM message WHERE changed_at IS NOT NULL"
@@ -209,18 +209,13 @@ class Tables:
             return Cancelled.NOW
         return Cancelled.BEFORE if self.status(self._db, message_id)[1] is Reason.CANCELLED else None
 
-    def expire(self, items: Sequence[None]) -> list[tuple[list[str], float]]:
-        """`Repository.expire`."""
-        now, following, ids = self._clock.now(), math.inf, list[str]()
-        with contextlib.closing(self._db.execute(EXPIRING)) as found:
-            for expires_at, message_id, due, place in found:
-                if expires_at > now or len(ids) == EXPIRE_STEP:
-                    following = expires_at
-                    break
-                if self._reserve((due, place)):
-                    ids.append(message_id)
-        self.update([(message_id, Reason.EXPIRED) for message_id in ids])
-        return [(ids, max(0.0, following - now))]
+    def expire(self, places: Sequence[int]) -> list[str | None]:
+        """`Repository.expire` for the messages at these places: their IDs, but for those that do not wait any more."""
+        found = [self._db.execute(WAITING, (place,)).fetchone() for place in places]
+        rows = zip(places, found, strict=True)
+        ids = [row[0] if row and self._reserve((row[1], place)) else None for place, row in rows]
+        self.update([(message_id, Reason.EXPIRED) for message_id in ids if message_id is not None])
+        return ids
 
     def hasten(self, delays: Sequence[float]) -> list[None]:
         """`Repository.hasten`."""
@@ -302,6 +297,28 @@ def entries_at(db: sqlite3.Connection, keys: Iterable[Key], clock: EpochClock) -
     """The messages in the outbox with these keys, in their order; those that have left are missing."""
     rows = {row[0]: row for row in _execute(db, AT, [(place,) for _, place in keys])}
     return [_entry(rows[place], clock) for _, place in keys if place in rows]
+
+
+def expired_at(db: sqlite3.Connection, claims: OutboxClaims, now: float) -> tuple[list[int], float]:
+    """Where the first messages are that wait and have expired, and when the next one does. Reads an index alone."""
+    places = list[int]()
+    with contextlib.closing(db.execute(EXPIRING)) as found:
+        for expires_at, place in found:
+            if expires_at > now or len(places) == EXPIRE_STEP:
+                return places, expires_at
+            if not claims.claimed([place]):
+                places.append(place)
+    return places, math.inf
+
+
+def is_damaged(db: sqlite3.Connection, key: Key, clock: EpochClock) -> bool:
+    """Whether a damaged page or row keeps the message from being read."""
+    try:
+        entries_at(db, [key], clock)
+    except (sqlite3.Error, TypeError) as error:
+        # A disk that cannot be read and a lock are operational errors, too. This one's text quotes the message.
+        return not isinstance(error, sqlite3.OperationalError) or "Could not decode" in str(error)
+    return False
 
 
 def storable(message_id: str) -> bool:
