@@ -243,7 +243,7 @@ class PostgresRepository(Repository):
             return
         parameters = (self._leases.owner, [batch.lease.id], sorted(batch.ids))
         self._backlog.add(0, self._database.run(RELEASE, parameters, timeout=RELEASE_TIMEOUT)[0][0])
-        self._leases.remove(batch.ids)
+        self._leases.remove(batch.ids, batch.lease)
 
     def unsent(self, batch: Batch) -> Batch:
         """See `Repository`. While the database is away: what is left as far as this process knows."""
@@ -255,7 +255,7 @@ class PostgresRepository(Repository):
             left = self._leases.known(batch.lease)
         else:
             left = {row[0] for row in rows}
-            self._leases.remove(set(batch.ids) - left)
+            self._leases.remove(set(batch.ids) - left, batch.lease)
         return batch if left.issuperset(batch.ids) else batch.only(lambda entry: entry.message.message_id in left)
 
     def handed_over(self, batch: Batch) -> None:
