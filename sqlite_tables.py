@@ -59,8 +59,8 @@ NOTABLE = {  # by the update that is wanted: what is unknown, in the outbox, or 
 }
 UPDATE_MESSAGES = "UPDATE message SET status = ?, reason = ?, changed_at = ?, place = NULL WHERE id IN ({rows})"
 LEAVE_OUTBOX = "DELETE FROM outbox WHERE place IN ({rows})"
-LEAVE_OUTBOX_BY_ID = "DELETE FROM outbox WHERE place IN (SELECT place FROM message WHERE id IN ({rows}))"
-HANDED_OVER = "UPDATE message SET changed_at = ?, place = NULL WHERE id IN ({rows}) AND place IS NOT NULL"
+# An ID that was forgotten meanwhile and accepted anew has a later place than all of its old batch.
+HANDED_OVER = "UPDATE message SET changed_at = ?, place = NULL WHERE id IN ({rows}) AND place <= ?"
 FINGERPRINTS = "SELECT id, fingerprint FROM message WHERE id IN ({rows}) AND (changed_at IS NULL OR changed_at > ?)"
 AT = f"SELECT {COLUMNS} FROM outbox WHERE place IN ({{rows}})"
 
@@ -194,9 +194,10 @@ class Tables:
 
     def hand_over(self, entries: Sequence[Entry]) -> list[None]:
         """`Repository.handed_over`."""
-        rows = _rows(entry.message.message_id for entry in entries)
-        if self._leave_outbox(LEAVE_OUTBOX_BY_ID, rows, [entry.place for entry in entries]):
-            _execute(self._db, HANDED_OVER, rows, first=(self.changed_at(),))
+        places = [entry.place for entry in entries]
+        if self._leave_outbox(LEAVE_OUTBOX, [(place,) for place in places], places):
+            rows = _rows(entry.message.message_id for entry in entries)
+            _execute(self._db, HANDED_OVER, rows, first=(self.changed_at(),), last=(max(places),))
         return [None] * len(entries)
 
     def cancel(self, ids: Sequence[str]) -> list[Cancelled | None]:

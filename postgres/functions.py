@@ -175,7 +175,8 @@ END $$;
 -- messages of the batch, if there is one; those of a batch that was taken over did not wait.
 CREATE FUNCTION smsproxy.claim(me uuid, size bigint, horizon float8, flush boolean, lease float8)
 RETURNS TABLE (batch_id bigint, waited bigint, taken bigint, due_in float8, full_in float8, near bigint,
-               id text, phone_number text, content bytea, age float8, linger float8, max_age float8, by_default boolean)
+               id text, phone_number text, content bytea, age float8, linger float8, max_age float8, by_default boolean,
+               place bigint)
 LANGUAGE plpgsql AS $$
 DECLARE
     found_ids text[];
@@ -210,7 +211,7 @@ BEGIN
     RETURN NEXT;
     RETURN QUERY SELECT batch_id, waited, taken, due_in, full_in, near, o.id, o.phone_number, o.content,
             greatest(0, extract(epoch FROM clock_timestamp() - o.accepted_at))::float8,
-            smsproxy.seconds(o.accepted_at, o.due), smsproxy.seconds(o.accepted_at, o.expires), o.default_linger
+            smsproxy.seconds(o.accepted_at, o.due), smsproxy.seconds(o.accepted_at, o.expires), o.default_linger, o.seq
         FROM smsproxy.outbox o WHERE o.batch = batch_id ORDER BY o.due, o.seq;
 END $$;
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -261,7 +262,8 @@ class PostgresRepository(Repository):
     def handed_over(self, batch: Batch) -> None:
         """See `Repository`. Also when the lease is lost: FastSMSing took the messages."""
         ids = sorted(filter(_storable, batch.ids))
-        parameters = {"ids": ids, "slice": self._slice, "ended": self._leases.ended_by(ids)}
+        last = max((entry.place for entry in batch.entries), default=0) or sys.maxsize  # 0: saved here, and not claimed
+        parameters = {"ids": ids, "last": last, "slice": self._slice, "ended": self._leases.ended_by(ids)}
         self._backlog.add(*(-count for count in self._database.run(HANDED_OVER, parameters)[0]))
         self._leases.remove(ids)
 
@@ -371,8 +373,8 @@ def _not_saved(message_id: str, known: Mapping[str, bytes | None]) -> Exception:
 def _entries(rows: Sequence[Any], now: float) -> tuple[Entry, ...]:
     """The messages of a batch, as `claim` in the database tells them."""
     entries = []
-    for message_id, phone, content, age, linger, max_age, by_default in rows:
+    for message_id, phone, content, age, linger, max_age, by_default, place in rows:
         message, accepted_at = Message(phone, bytes(content).decode(), message_id), now - age
         times = accepted_at, accepted_at + linger, accepted_at + max_age
-        entries.append(Entry(message, None, linger, by_default, max_age, *times))
+        entries.append(Entry(message, None, linger, by_default, max_age, *times, place))
     return tuple(entries)

@@ -58,10 +58,12 @@ HANDED_OVER = f"""
 WITH found AS MATERIALIZED (
     SELECT m.id FROM unnest(%(ids)s::text[]) AS g(id) JOIN smsproxy.message m ON m.id = g.id COLLATE "C"
     WHERE m.changed_at IS NULL ORDER BY m.id FOR UPDATE OF m
-), done AS (
-    UPDATE smsproxy.message SET changed_at = smsproxy.changed(%(slice)s::float8) WHERE id IN (SELECT id FROM found)
 ), gone AS (
-    DELETE FROM smsproxy.outbox WHERE id IN (SELECT id FROM found) RETURNING id, batch IS NULL AS waited
+    -- An ID that was forgotten meanwhile and accepted anew has a later number than all of its old batch.
+    DELETE FROM smsproxy.outbox WHERE id IN (SELECT id FROM found) AND seq <= %(last)s::bigint
+    RETURNING id, batch IS NULL AS waited
+), done AS (
+    UPDATE smsproxy.message SET changed_at = smsproxy.changed(%(slice)s::float8) WHERE id IN (SELECT id FROM gone)
 ), ended AS ({ENDED})
 SELECT count(*), count(*) FILTER (WHERE waited) FROM gone
 """

@@ -584,6 +584,24 @@ class RepositoryContract:
         repository.forget()
         assert repository.get(name(1)) is ACCEPTED
 
+    def test_the_end_of_an_old_request_does_not_hand_over_what_was_accepted_anew(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
+        repository.save_all(entries(range(3)))
+        old = repository.claim(3, 0.0).batch
+        assert old is not None
+        repository.update_all({name(0): DELIVERED, name(1): CONFIRMED})
+        age(1.1 * RETENTION)
+        repository.forget()
+        assert repository.save_all([entry(0, "new"), entry(1, "new")]) == [None, None]
+        assert self.numbers(repository.claim(1, 0.0).batch) == [0]
+        repository.handed_over(old)
+        assert repository.backlog() == 2
+        assert self.numbers(repository.claim(3, 0.0).batch) == [1]
+        assert [repository.get(name(number)) for number in range(3)] == [ACCEPTED] * 3
+        age(1.1 * RETENTION)
+        assert [repository.get(name(number)) for number in range(3)] == [ACCEPTED, ACCEPTED, NOT_FOUND]
+
     def test_what_waits_in_the_outbox_is_never_forgotten(
         self, repository: Repository, age: Callable[[float], None]
     ) -> None:
