@@ -11,8 +11,8 @@ from typing import Any
 from message_model import TRANSITIONS, Entry
 
 __all__ = [
-    "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "KNOWN", "RELEASE",
-    "RENEW", "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE", "columns",
+    "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "IN_OUTBOX", "KNOWN",
+    "RELEASE", "RENEW", "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE", "columns",
 ]  # fmt: skip
 
 SAVE = """
@@ -74,6 +74,7 @@ UNSENT = """
 SELECT o.id FROM smsproxy.outbox o JOIN smsproxy.batch b ON b.id = o.batch
 WHERE o.batch = %s::bigint AND b.owner = %s::uuid
 """
+IN_OUTBOX = "SELECT count(*) FROM smsproxy.outbox WHERE id = ANY (%s::text[])"
 CANCEL = "SELECT * FROM smsproxy.cancel(%s, %s::float8, %s::float8)"
 EXPIRE = "SELECT * FROM smsproxy.expire(%s::bigint, %s::float8)"
 HASTEN = "SELECT smsproxy.hasten(%s::float8, %s::bigint)"

@@ -387,6 +387,14 @@ class RepositoryContract:
         repository.release(batch)
         assert self.numbers(repository.unsent(batch)) == []
 
+    def test_a_batch_is_not_lost_when_all_of_it_was_reported_on(self, repository: Repository) -> None:
+        repository.save_all(entries(range(3)))
+        batch = repository.claim(2, 0.0).batch
+        assert batch is not None
+        repository.update_all({name(0): DELIVERED, name(1): CONFIRMED})
+        left = repository.unsent(batch)
+        assert (len(left), repository.holds(left)) == (0, True)
+
     def test_parts_of_a_batch_are_handed_over_by_themselves(self, repository: Repository) -> None:
         repository.save_all([entry(number) for number in range(4)])
         batch = repository.claim(4, 0.0).batch
