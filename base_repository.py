@@ -4,6 +4,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import NamedTuple
 
 from batch_outbox import ALMOST, Claim, look
@@ -11,11 +12,20 @@ from change_outbox import ChangeOutbox
 from fastsmsing import Message
 from message_model import Batch, Entry, MessageStatus, Reason
 
-__all__ = ["ALMOST", "EXPIRE_STEP", "FORGET_STEP", "RETENTION", "Ages", "Claim", "Repository", "look"]
+__all__ = [
+    "ALMOST", "EXPIRE_STEP", "FORGET_STEP", "RETENTION", "Ages", "Cancelled", "Claim", "Repository", "look",
+]  # fmt: skip
 
 RETENTION = 3 * 24 * 3600.0  # seconds
 FORGET_STEP = 500  # messages forgotten at a time: some ten microseconds to a millisecond
 EXPIRE_STEP = 500  # messages that expire at a time
+
+
+class Cancelled(Enum):
+    """When a message was cancelled."""
+
+    NOW = "now"  # by this call: it waited until now
+    BEFORE = "before"
 
 
 class Ages(NamedTuple):
@@ -65,7 +75,11 @@ class Repository(abc.ABC):
 
     @abc.abstractmethod
     def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
-        """Applies the updates in one step; returns why some could not be. What is updated leaves the outbox."""
+        """Applies the updates in one step; returns why some could not be. What is updated leaves the outbox.
+
+        A `Reason` is refused with a `StatusTransitionError` when the message is not in the outbox any more: it was
+        handed over or reported on, so it is not ours to give up.
+        """
 
     @abc.abstractmethod
     def claim(self, size: int, horizon: float, *, flush: bool = False) -> Claim[Batch]:
@@ -90,10 +104,10 @@ class Repository(abc.ABC):
         """Takes messages that FastSMSing took out of the outbox, and erases their numbers and texts."""
 
     @abc.abstractmethod
-    def cancel(self, message_id: str) -> bool:
+    def cancel(self, message_id: str) -> Cancelled | None:
         """Makes a message that waits `FAILED` as cancelled, so that it is never sent; atomic against a claim.
 
-        Returns whether it is cancelled, now or before; False for a message that is claimed, handed over, final
+        Of several calls for one message one is told `NOW`. None for a message that is claimed, handed over, final
         or unknown.
         """
 

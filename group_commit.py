@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -46,6 +46,10 @@ class _Job:
     @property
     def done(self) -> bool:
         return self.results is not None or self.error is not None
+
+    def only(self, places: Iterable[int]) -> _Job:
+        """The same change of the items at these places."""
+        return _Job(self.change, [self.items[place] for place in places])
 
 
 class GroupCommit:
@@ -109,44 +113,77 @@ class GroupCommit:
                     job.error = RepositoryUnavailableError(f"the database {why}")
 
     def _commit(self, jobs: Sequence[_Job]) -> None:
-        """Makes the jobs one transaction. One that fails by itself is tried again alone, and then its halves,
-        down to the item that is to blame. What fails for all, fails all."""
+        """Makes the jobs one transaction. When something in it fails by itself, each job gets its own, without the
+        items that are to blame. A job for which the database cannot be written changes nothing."""
         try:
-            results = self._transaction(jobs)
+            self._done(jobs, self._transaction(jobs))
         except sqlite3.OperationalError as error:
-            self._incident.failed(error)
+            self._unavailable(jobs, error)
+        except Exception:
             for job in jobs:
-                job.error = RepositoryUnavailableError(f"the database cannot be written: {error}")
-        except Exception as error:
-            self._commit_in_parts(jobs, error)
-        else:
-            self._incident.ended()
-            for job, result in zip(jobs, results, strict=True):
-                job.results = result
+                try:
+                    self._done([job], [self._without_culprits(job)])
+                except sqlite3.OperationalError as error:
+                    self._unavailable([job], error)
 
-    def _commit_in_parts(self, jobs: Sequence[_Job], error: Exception) -> None:
-        (job, *others), middle = jobs, len(jobs[0].items) // 2
-        if others:
-            for each in jobs:
-                self._commit([each])
-        elif middle:
-            halves = [_Job(job.change, items) for items in (job.items[:middle], job.items[middle:])]
-            for half in halves:
-                self._commit([half])
-            # Each item gets to know what became of it.
-            job.results = [result for half in halves for result in half.results or [half.error] * len(half.items)]
-        elif type(error) is sqlite3.DatabaseError:
-            self._damaged(error)
-            job.results = [RepositoryUnavailableError(f"the database is damaged: {error}")]
-        else:
-            job.results = [error]
+    def _done(self, jobs: Sequence[_Job], results: Sequence[list[Any]]) -> None:
+        self._incident.ended()
+        for job, result in zip(jobs, results, strict=True):
+            job.results = result
 
-    def _transaction(self, jobs: Sequence[_Job]) -> list[list[Any]]:
+    def _unavailable(self, jobs: Sequence[_Job], error: Exception) -> None:
+        self._incident.failed(error)
+        for job in jobs:
+            job.error = RepositoryUnavailableError(f"the database cannot be written: {error}")
+
+    def _without_culprits(self, job: _Job) -> list[Any]:
+        """Makes a transaction of the job without the items that fail, which get their errors; returns the results.
+
+        Before that it tries parts of the items, each together with all before it that can be changed, in transactions
+        that are undone: so either all that can be changed is, or nothing.
+        """
+        results: list[Any] = [None] * len(job.items)
+        good: list[int] = []  # places of items that can be changed together
+        parts: list[Sequence[int]] = [range(len(job.items))]
+        while parts:
+            part = parts.pop()
+            try:
+                self._transaction([job.only((*good, *part))], commit=False)
+            except sqlite3.OperationalError:
+                raise
+            except Exception as error:
+                if middle := len(part) // 2:
+                    parts += [part[middle:], part[:middle]]
+                else:
+                    results[part[0]] = self._told(error)
+            else:
+                good += part
+        try:
+            [changed] = self._transaction([job.only(good)]) if good else [[]]
+        except sqlite3.OperationalError:
+            raise
+        except Exception as error:  # they fail only when they are committed
+            changed = [self._told(error)] * len(good)
+        for index, result in zip(good, changed, strict=True):
+            results[index] = result
+        return results
+
+    def _told(self, error: Exception) -> Exception:
+        """What whoever wanted a change is told."""
+        if type(error) is not sqlite3.DatabaseError:
+            return error
+        self._damaged(error)
+        return RepositoryUnavailableError(f"the database is damaged: {error}")
+
+    def _transaction(self, jobs: Sequence[_Job], *, commit: bool = True) -> list[list[Any]]:
         try:
             self._transactions.begin()
             results = [job.change(job.items) for job in jobs]
-            self._transactions.commit()
+            if commit:
+                self._transactions.commit()
         except BaseException:
             self._transactions.rollback()
             raise
+        if not commit:
+            self._transactions.rollback()
         return results

@@ -29,7 +29,9 @@ class MemoryOutbox:
         self._accepted: dict[float, int] = {}  # how many of them were accepted then, in order
         self._sorted: deque[Entry] = deque()
         self._earlier: list[tuple[float, int, Entry]] = []  # a heap
-        self._expiring: list[tuple[float, int, Entry]] = []  # a heap of what waits and has a `max_age`
+        # A heap of all that have a `max_age`, each of them once. What is claimed when its time is over leaves it.
+        self._expiring: list[tuple[float, int, Entry]] = []
+        self._overdue: set[Entry] = set()  # claimed, and not in the heap any more
 
     @property
     def waiting(self) -> int:
@@ -74,12 +76,14 @@ class MemoryOutbox:
         """A claimed message waits again."""
         self.claimed.remove(entry)
         heapq.heappush(self._earlier, (entry.due, entry.place, entry))
-        if entry.expires_at != math.inf:
+        if entry in self._overdue:
+            self._overdue.remove(entry)
             heapq.heappush(self._expiring, (entry.expires_at, entry.place, entry))
 
     def remove(self, entries: Sequence[Entry]) -> None:
         """Messages leave the outbox."""
         self.claimed.difference_update(entries)
+        self._overdue.difference_update(entries)
         self.pending -= len(entries)
         accepted = self._accepted
         for entry in entries:
@@ -112,14 +116,16 @@ class MemoryOutbox:
         self._sorted.extendleft(reversed(taken))
 
     def expired(self, now: float) -> tuple[list[Entry], float]:
-        """The first messages that wait and are past their expiry, and when the next one is."""
-        found: dict[Entry, None] = {}  # what was released is in the heap twice
+        """The first messages that wait and are past their expiry, and when the next one is. The caller removes them."""
+        found: list[Entry] = []
         expiring = self._expiring
-        while expiring and (len(found) < EXPIRE_STEP) and (expiring[0][0] <= now or not self.waits(expiring[0][2])):
+        while expiring and len(found) < EXPIRE_STEP and (expiring[0][0] <= now or not expiring[0][2].place):
             entry = heapq.heappop(expiring)[2]
-            if self.waits(entry):
-                found[entry] = None
-        return list(found), expiring[0][0] if expiring else math.inf
+            if entry in self.claimed:
+                self._overdue.add(entry)
+            elif entry.place:
+                found.append(entry)
+        return found, expiring[0][0] if expiring else math.inf
 
     def _tidy(self) -> None:
         """Removes what has left, once it is more than half: it would keep the texts of cancelled messages."""
@@ -128,6 +134,6 @@ class MemoryOutbox:
             self._sorted = deque(filter(self.waits, self._sorted))
             self._earlier = [each for each in self._earlier if self.waits(each[2])]
             heapq.heapify(self._earlier)
-        if len(self._expiring) > most:
-            self._expiring[:] = [each for each in self._expiring if self.waits(each[2])]
+        if len(self._expiring) > 2 * self.pending + SPARE:
+            self._expiring = [each for each in self._expiring if each[2].place]
             heapq.heapify(self._expiring)

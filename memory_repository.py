@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from base_repository import FORGET_STEP, RETENTION, Ages, Claim, Repository, look
+from base_repository import FORGET_STEP, RETENTION, Ages, Cancelled, Claim, Repository, look
 from memory_changes import MemoryChanges
 from memory_outbox import MemoryOutbox
 from message_model import (
@@ -19,8 +19,7 @@ from message_model import (
     MessageStatus,
     OverloadedError,
     Reason,
-    SmsProxyError,
-    check_transition,
+    refusal,
 )  # fmt: skip
 
 __all__ = ["InMemoryRepository"]
@@ -96,10 +95,7 @@ class InMemoryRepository(Repository):
 
     def get(self, message_id: str) -> MessageStatus:
         """See `Repository`."""
-        record = self._records.get(message_id)  # a dict look-up is atomic
-        if isinstance(record, tuple):
-            return record[0] if record[2] > self._clock() else MessageStatus.NOT_FOUND
-        return MessageStatus.NOT_FOUND if record is None else MessageStatus.ACCEPTED
+        return _status(self._records.get(message_id), self._clock())  # a dict look-up is atomic
 
     def reason(self, message_id: str) -> Reason | None:
         """See `Repository`."""
@@ -119,8 +115,11 @@ class InMemoryRepository(Repository):
             for message_id, update in updates.items():
                 record = records.get(message_id)
                 if record is not last_record or update is not last_update:
-                    last_record, last_update, current = record, update, self._status(record, now)
-                    if allowed := STATUS_OF[update] in TRANSITIONS[current]:
+                    last_record, last_update, current = record, update, _status(record, now)
+                    allowed = STATUS_OF[update] in TRANSITIONS[current]
+                    if isinstance(update, Reason):
+                        allowed = isinstance(record, Entry)
+                    if allowed:
                         first = True
                         if isinstance(record, Entry):
                             left.append(record)
@@ -129,11 +128,8 @@ class InMemoryRepository(Repository):
                         ids = changed.setdefault((update, first), [])
                 if allowed:
                     ids.append(message_id)
-                    continue
-                try:
-                    check_transition(message_id, current, STATUS_OF[update])
-                except SmsProxyError as error:
-                    failures[message_id] = error
+                else:
+                    failures[message_id] = refusal(message_id, current, update)
             self._outbox.remove(left)
             for (update, first), ids in changed.items():
                 self._change(ids, update, now, first)
@@ -169,13 +165,14 @@ class InMemoryRepository(Repository):
         with self._lock:
             self._leave([entry for entry in batch.entries if entry.place], MessageStatus.ACCEPTED)
 
-    def cancel(self, message_id: str) -> bool:
+    def cancel(self, message_id: str) -> Cancelled | None:
         """See `Repository`."""
         with self._lock:
             entry = self._records.get(message_id)
             if isinstance(entry, Entry) and self._outbox.waits(entry):
                 self._leave([entry], Reason.CANCELLED)
-        return self.reason(message_id) is Reason.CANCELLED
+                return Cancelled.NOW
+        return Cancelled.BEFORE if self.reason(message_id) is Reason.CANCELLED else None
 
     def expire(self) -> tuple[list[str], float]:
         """See `Repository`."""
@@ -228,12 +225,6 @@ class InMemoryRepository(Repository):
                 return None
             return max(0.0, slices[0][0] - now) if slices else self._retention
 
-    @staticmethod
-    def _status(record: Entry | Record | None, now: float) -> MessageStatus:
-        if isinstance(record, Entry):
-            return MessageStatus.ACCEPTED
-        return MessageStatus.NOT_FOUND if record is None or record[2] <= now else record[0]
-
     def _keep_fingerprint(self, entry: Entry, message_id: str) -> None:
         if entry.fingerprint is not None:
             self._fingerprints[message_id] = entry.fingerprint
@@ -271,6 +262,12 @@ class InMemoryRepository(Repository):
             records[message_id] = record
         if self._changes is not None and record[0] is not MessageStatus.ACCEPTED:
             self._changes.record(ids, update, now)
+
+
+def _status(record: Entry | Record | None, now: float) -> MessageStatus:
+    if isinstance(record, Entry):
+        return MessageStatus.ACCEPTED
+    return MessageStatus.NOT_FOUND if record is None or record[2] <= now else record[0]
 
 
 def _forget_at(record: Entry | Record) -> float:

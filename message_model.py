@@ -14,7 +14,7 @@ __all__ = [
     "FINAL_STATUSES", "STATUS_OF", "TRANSITIONS", "Batch", "ClientResult", "ClosedError", "DuplicateMessageError",
     "Entry", "IdempotencyError", "MessageStatus", "OverloadedError", "Reason", "RepositoryUnavailableError",
     "SendMessage", "SendingResult", "SmsProxyError", "StatusTransitionError", "UnknownMessageError",
-    "UnknownStatusError", "ValidationError", "check_transition", "map_to_internal_status",
+    "UnknownStatusError", "ValidationError", "check_transition", "map_to_internal_status", "refusal",
 ]  # fmt: skip
 
 LONGEST_MESSAGE = 1_600  # code points: ten concatenated parts, as most providers limit it
@@ -88,7 +88,8 @@ class MessageStatus(str, Enum):
 
 
 class Reason(str, Enum):
-    """Why the proxy gave a message up. As an update of a message it makes the message `FAILED`."""
+    """Why the proxy gave a message up. As an update it makes a message `FAILED` that is still in the outbox; what was
+    handed over or reported on is FastSMSing's to report."""
 
     REJECTED = "rejected"  # FastSMSing refuses it
     ATTEMPTS = "attempts"  # all attempts are used
@@ -114,10 +115,17 @@ STATUS_OF: Mapping[MessageStatus | Reason, MessageStatus] = {
 
 def check_transition(message_id: str, current: MessageStatus, status: MessageStatus) -> None:
     """Raises `UnknownMessageError` or `StatusTransitionError` for a change that is not allowed."""
-    if current is MessageStatus.NOT_FOUND:
-        raise UnknownMessageError(f"message {message_id} is not known")
     if status not in TRANSITIONS[current]:
-        raise StatusTransitionError(f"message {message_id} cannot go from {current.value} to {status.value}")
+        raise refusal(message_id, current, status)
+
+
+def refusal(message_id: str, current: MessageStatus, update: MessageStatus | Reason) -> SmsProxyError:
+    """Why a message with this status does not get the update."""
+    if current is MessageStatus.NOT_FOUND:
+        return UnknownMessageError(f"message {message_id} is not known")
+    if isinstance(update, Reason):
+        return StatusTransitionError(f"message {message_id} was handed over, so it is not given up")
+    return StatusTransitionError(f"message {message_id} cannot go from {current.value} to {update.value}")
 
 
 _INTERNAL: dict[str, MessageStatus] = {status: MessageStatus(status.value) for status in fastsmsing.MessageStatus}

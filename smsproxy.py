@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-from base_repository import RETENTION, Ages, Claim, Repository
+from base_repository import RETENTION, Ages, Cancelled, Claim, Repository
 from batch_scheduler import SmsProxyConfig
 from batching_client import ResultSink, SimpleBatchingClient
 from client_statistics import ClientStatistics, Statistics
@@ -50,13 +50,14 @@ from webhook_sender import WebhookSender
 from worker_threads import GRACE, Deadline
 
 __all__ = [
-    "FINAL_STATUSES", "RETENTION", "TRANSITIONS", "Ages", "Batch", "Claim", "ClientResult", "ClientStatistics",
-    "ClosedError", "Counter", "DuplicateMessageError", "Entry", "Gauge", "Histogram", "IdempotencyError",
-    "InMemoryRepository", "Incident", "LONGEST_LIST", "MessageStatus", "MetricSet", "Metrics", "OverloadedError",
-    "Reason", "Repository", "RepositoryUnavailableError", "SendMessage", "SendingResult", "SimpleBatchingClient",
-    "SmsProxy", "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError", "StatusUpdateError",
-    "StatusUpdater", "UnknownMessageError", "UnknownStatusError", "ValidationError", "WebhookConfig", "WebhookTarget",
-    "check_transition", "describe", "is_ours", "map_to_internal_status", "webhook_secrets",
+    "FINAL_STATUSES", "RETENTION", "TRANSITIONS", "Ages", "Batch", "Cancelled", "Claim", "ClientResult",
+    "ClientStatistics", "ClosedError", "Counter", "DuplicateMessageError", "Entry", "Gauge", "Histogram",
+    "IdempotencyError", "InMemoryRepository", "Incident", "LONGEST_LIST", "MessageStatus", "MetricSet", "Metrics",
+    "OverloadedError", "Reason", "Repository", "RepositoryUnavailableError", "SendMessage", "SendingResult",
+    "SimpleBatchingClient", "SmsProxy", "SmsProxyConfig", "SmsProxyError", "Statistics", "StatusTransitionError",
+    "StatusUpdateError", "StatusUpdater", "UnknownMessageError", "UnknownStatusError", "ValidationError",
+    "WebhookConfig", "WebhookTarget", "check_transition", "describe", "is_ours", "map_to_internal_status",
+    "webhook_secrets",
 ]  # fmt: skip
 
 log = logging.getLogger("smsproxy")
@@ -200,14 +201,12 @@ class SmsProxy:
         Returns whether it is cancelled, now or before; False for one that is in a batch, handed over, final or
         unknown. Blocks for the repository only.
         """
-        before = self._repository.get(message_id)
-        if not self._repository.cancel(message_id):
-            return False
-        if before is MessageStatus.ACCEPTED:
+        cancelled = self._repository.cancel(message_id)
+        if cancelled is Cancelled.NOW:
             self._webhook.changed()
             self.metrics.given_up.add(1, Reason.CANCELLED.value)
             self.metrics.final.add(1, MessageStatus.FAILED.value)
-        return True
+        return cancelled is not None
 
     def measure(self) -> None:
         """Sets the gauges in `metrics`. May block for the repository; what it cannot tell just now has no value."""

@@ -134,11 +134,11 @@ class SqliteFile:
                 elif db is not None:
                     self._readers.append(db)
 
-    def damaged(self, error: Exception) -> None:
-        """Keeps and logs that the file is damaged, once: everything on a bad page comes here."""
-        if not self.damage:
-            log.error("%s is damaged: %s", self.path, error)
-        self.damage = str(error)
+    def damaged(self, what: object) -> None:
+        """Keeps and logs that the file is damaged, the same only once: everything on a bad page comes here."""
+        if str(what) != self.damage:
+            log.error("%s is damaged: %s", self.path, what)
+        self.damage = str(what)
 
     def size(self) -> int:
         """Bytes on disk."""

@@ -12,9 +12,9 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from base_repository import RETENTION, Ages, Claim, Repository
+from base_repository import RETENTION, Ages, Cancelled, Claim, Repository
 from group_commit import GroupCommit
-from incident_log import Incident
+from incident_log import Incident, counted
 from message_model import (
     Batch,
     Entry,
@@ -26,7 +26,7 @@ from message_model import (
 )
 from sqlite_changes import SqliteChanges
 from sqlite_file import SqliteFile, check_file, opening
-from sqlite_tables import FIRST, FIRST_EXPIRY, EpochClock, Tables, entries_at, storable
+from sqlite_tables import FIRST, EpochClock, Tables, entries_at, expired_at, is_damaged, storable
 
 __all__ = ["SqliteRepository", "check_file"]
 
@@ -101,8 +101,13 @@ class SqliteRepository(Repository):
             try:
                 entries = entries_at(db, keys, self._clock)
             except BaseException:
-                self._claims.release(int(place) for _, place in keys)
-                raise
+                damaged = [key for key in keys if is_damaged(db, key, self._clock)]
+                self._claims.release(int(key[1]) for key in keys if key not in damaged)
+                if not damaged:
+                    raise
+                # They stay claimed for as long as this process lives, or all others would wait behind them.
+                self._file.damaged(f"{counted(len(damaged), 'message')} cannot be read from the outbox, so not sent")
+                return Claim(None, claim.waiting + len(keys) - len(damaged), 0.0)
         if len(entries) < len(keys):  # some were reported on meanwhile, perhaps the one that was due: look again
             self._claims.release(entry.place for entry in entries)
             return Claim(None, claim.waiting + len(entries), 0.0)
@@ -124,20 +129,25 @@ class SqliteRepository(Repository):
             if error is not None:  # one message's own: trying again would not help
                 raise SmsProxyError(str(error)) from error
 
-    def cancel(self, message_id: str) -> bool:
+    def cancel(self, message_id: str) -> Cancelled | None:
         """See `Repository`."""
-        return storable(message_id) and self._commits.change_one(self._tables.cancel, message_id)
+        return self._commits.change_one(self._tables.cancel, message_id) if storable(message_id) else None
 
     def expire(self) -> tuple[list[str], float]:
         """See `Repository`. Writes only if something is past its expiry."""
+        now = self._clock.now()
         with self._file.reader() as db:
-            first = db.execute(FIRST_EXPIRY).fetchone()[0]
-        wait = math.inf if first is None else first - self._clock.now()
-        return ([], wait) if wait > 0.0 else self._commits.change_one(self._tables.expire, None)
+            places, following = expired_at(db, self._claims, now)
+        results = self._commits.change(self._tables.expire, places)
+        ids = [each for each in results if isinstance(each, str)]
+        for error in results:
+            if isinstance(error, Exception) and not ids:
+                raise error
+        return ids, max(0.0, following - now)
 
     def hasten(self, max_delay: float) -> None:
-        """See `Repository`. Goes through the whole outbox."""
-        self._commits.change_one(self._tables.hasten, max_delay)
+        """See `Repository`. Goes through the whole outbox; when a page of it is damaged, nothing is brought forward."""
+        self._commits.change(self._tables.hasten, [max_delay])
         with self._file.reader() as db:
             self._claims.start_over(db)
 

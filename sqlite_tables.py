@@ -5,11 +5,11 @@ import contextlib
 import functools
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from base_repository import EXPIRE_STEP, FORGET_STEP
+from base_repository import EXPIRE_STEP, FORGET_STEP, Cancelled
 from fastsmsing import Message
 from message_model import (
     STATUS_OF,
@@ -19,13 +19,12 @@ from message_model import (
     MessageStatus,
     OverloadedError,
     Reason,
-    SmsProxyError,
-    check_transition,
+    refusal,
 )
 from sqlite_claims import Key, OutboxClaims
 from sqlite_file import VERSION
 
-__all__ = ["EpochClock", "Tables", "entries_at", "storable"]
+__all__ = ["EpochClock", "Tables", "entries_at", "expired_at", "is_damaged", "storable"]
 
 # Rows of one statement. A statement for each row would hand the interpreter's lock over each time, and one for every
 # number of rows would be prepared too often.
@@ -46,26 +45,30 @@ _BEFORE = {  # the statuses that may lead to a status
     status: ", ".join(f"'{before.value}'" for before, after in TRANSITIONS.items() if status in after) or "''"
     for status in MessageStatus
 }
-NOTABLE = {  # by the status that is wanted: what is unknown, in the outbox, or not allowed to get it
-    status: f"""
-    SELECT column1, place, status, status IS NULL OR status NOT IN ({_BEFORE[status]}) FROM (VALUES {{rows}})
+_FORBIDDEN: Mapping[MessageStatus | Reason, str] = {  # which messages do not get an update
+    **{status: f"status NOT IN ({_BEFORE[status]})" for status in MessageStatus},
+    **dict.fromkeys(Reason, "changed_at IS NOT NULL"),
+}
+NOTABLE = {  # by the update that is wanted: what is unknown, in the outbox, or not allowed to get it
+    update: f"""
+    SELECT column1, place, status, status IS NULL OR {forbidden} FROM (VALUES {{rows}})
     LEFT JOIN message ON id = column1 AND (changed_at IS NULL OR changed_at > ?)
-    WHERE column1 IS NOT NULL AND (changed_at IS NULL OR status NOT IN ({_BEFORE[status]}))
+    WHERE column1 IS NOT NULL AND (changed_at IS NULL OR {forbidden})
     """
-    for status in MessageStatus
+    for update, forbidden in _FORBIDDEN.items()
 }
 UPDATE_MESSAGES = "UPDATE message SET status = ?, reason = ?, changed_at = ?, place = NULL WHERE id IN ({rows})"
 LEAVE_OUTBOX = "DELETE FROM outbox WHERE place IN ({rows})"
-LEAVE_OUTBOX_BY_ID = "DELETE FROM outbox WHERE place IN (SELECT place FROM message WHERE id IN ({rows}))"
-HANDED_OVER = "UPDATE message SET changed_at = ?, place = NULL WHERE id IN ({rows}) AND place IS NOT NULL"
+# An ID that was forgotten meanwhile and accepted anew has a later place than all of its old batch.
+HANDED_OVER = "UPDATE message SET changed_at = ?, place = NULL WHERE id IN ({rows}) AND place <= ?"
 FINGERPRINTS = "SELECT id, fingerprint FROM message WHERE id IN ({rows}) AND (changed_at IS NULL OR changed_at > ?)"
 AT = f"SELECT {COLUMNS} FROM outbox WHERE place IN ({{rows}})"
 
 # Statements of one row.
 STATUS = "SELECT status, reason FROM message WHERE id = ? AND (changed_at IS NULL OR changed_at > ?)"
 KEY = "SELECT due, place FROM outbox WHERE place = (SELECT place FROM message WHERE id = ?)"
-EXPIRING = "SELECT expires_at, id, due, place FROM outbox WHERE expires_at IS NOT NULL ORDER BY expires_at"
-FIRST_EXPIRY = "SELECT min(expires_at) FROM outbox WHERE expires_at IS NOT NULL"
+EXPIRING = "SELECT expires_at, place FROM outbox WHERE expires_at IS NOT NULL ORDER BY expires_at"
+WAITING = "SELECT id, due FROM outbox WHERE place = ?"
 HASTEN = "UPDATE outbox SET due = accepted_at + ? WHERE default_linger AND due > accepted_at + ?"
 FORGET = "DELETE FROM message WHERE id IN (SELECT id FROM message WHERE changed_at <= ? ORDER BY changed_at LIMIT ?)"
 FIRST_CHANGE = "SELECT min(changed_at) FROM message WHERE changed_at IS NOT NULL"
@@ -182,7 +185,7 @@ class Tables:
         for update in dict.fromkeys(update for _, update in items):
             status, reason = STATUS_OF[update], update.value if isinstance(update, Reason) else None
             ids = [message_id for message_id, each in items if each is update]
-            found = _execute(self._db, NOTABLE[status], _rows(ids), last=(self.forgotten(),))
+            found = _execute(self._db, NOTABLE[update], _rows(ids), last=(self.forgotten(),))
             refused.update((message_id, current) for message_id, _, current, forbids in found if forbids)
             rows = _rows(each for each in ids if each not in refused)
             _execute(self._db, UPDATE_MESSAGES, rows, first=(status.value, reason, self.changed_at()))
@@ -191,30 +194,29 @@ class Tables:
 
     def hand_over(self, entries: Sequence[Entry]) -> list[None]:
         """`Repository.handed_over`."""
-        rows = _rows(entry.message.message_id for entry in entries)
-        if self._leave_outbox(LEAVE_OUTBOX_BY_ID, rows, [entry.place for entry in entries]):
-            _execute(self._db, HANDED_OVER, rows, first=(self.changed_at(),))
+        places = [entry.place for entry in entries]
+        if self._leave_outbox(LEAVE_OUTBOX, [(place,) for place in places], places):
+            rows = _rows(entry.message.message_id for entry in entries)
+            _execute(self._db, HANDED_OVER, rows, first=(self.changed_at(),), last=(max(places),))
         return [None] * len(entries)
 
-    def cancel(self, ids: Sequence[str]) -> list[bool]:
+    def cancel(self, ids: Sequence[str]) -> list[Cancelled | None]:
         """`Repository.cancel`."""
-        for message_id in ids:
-            if any(self._reserve(key) for key in self._db.execute(KEY, (message_id,)).fetchall()):
-                self.update([(message_id, Reason.CANCELLED)])
-        return [self.status(self._db, message_id)[1] is Reason.CANCELLED for message_id in ids]
+        return list(map(self._cancel, ids))
 
-    def expire(self, items: Sequence[None]) -> list[tuple[list[str], float]]:
-        """`Repository.expire`."""
-        now, following, ids = self._clock.now(), math.inf, list[str]()
-        with contextlib.closing(self._db.execute(EXPIRING)) as found:
-            for expires_at, message_id, due, place in found:
-                if expires_at > now or len(ids) == EXPIRE_STEP:
-                    following = expires_at
-                    break
-                if self._reserve((due, place)):
-                    ids.append(message_id)
-        self.update([(message_id, Reason.EXPIRED) for message_id in ids])
-        return [(ids, max(0.0, following - now))]
+    def _cancel(self, message_id: str) -> Cancelled | None:
+        if any(self._reserve(key) for key in self._db.execute(KEY, (message_id,)).fetchall()):
+            self.update([(message_id, Reason.CANCELLED)])
+            return Cancelled.NOW
+        return Cancelled.BEFORE if self.status(self._db, message_id)[1] is Reason.CANCELLED else None
+
+    def expire(self, places: Sequence[int]) -> list[str | None]:
+        """`Repository.expire` for the messages at these places: their IDs, but for those that do not wait any more."""
+        found = [self._db.execute(WAITING, (place,)).fetchone() for place in places]
+        rows = zip(places, found, strict=True)
+        ids = [row[0] if row and self._reserve((row[1], place)) else None for place, row in rows]
+        self.update([(message_id, Reason.EXPIRED) for message_id in ids if message_id is not None])
+        return ids
 
     def hasten(self, delays: Sequence[float]) -> list[None]:
         """`Repository.hasten`."""
@@ -298,6 +300,28 @@ def entries_at(db: sqlite3.Connection, keys: Iterable[Key], clock: EpochClock) -
     return [_entry(rows[place], clock) for _, place in keys if place in rows]
 
 
+def expired_at(db: sqlite3.Connection, claims: OutboxClaims, now: float) -> tuple[list[int], float]:
+    """Where the first messages are that wait and have expired, and when the next one does. Reads an index alone."""
+    places = list[int]()
+    with contextlib.closing(db.execute(EXPIRING)) as found:
+        for expires_at, place in found:
+            if expires_at > now or len(places) == EXPIRE_STEP:
+                return places, expires_at
+            if not claims.claimed([place]):
+                places.append(place)
+    return places, math.inf
+
+
+def is_damaged(db: sqlite3.Connection, key: Key, clock: EpochClock) -> bool:
+    """Whether a damaged page or row keeps the message from being read."""
+    try:
+        entries_at(db, [key], clock)
+    except (sqlite3.Error, TypeError) as error:
+        # A disk that cannot be read and a lock are operational errors, too. This one's text quotes the message.
+        return not isinstance(error, sqlite3.OperationalError) or "Could not decode" in str(error)
+    return False
+
+
 def storable(message_id: str) -> bool:
     """Whether the ID can be in a file: a lone surrogate cannot be encoded."""
     try:
@@ -318,13 +342,12 @@ def _entry(row: Sequence[Any], clock: EpochClock) -> Entry:
     )  # fmt: skip
 
 
-def _refusal(message_id: str, update: MessageStatus | Reason, current: str | None) -> Exception | None:
+def _refusal(message_id: str, update: MessageStatus | Reason, current: str | None) -> Exception:
     """Why a message with this status (None: unknown) does not get the update."""
     try:
-        check_transition(message_id, MessageStatus(current or MessageStatus.NOT_FOUND), STATUS_OF[update])
-    except (SmsProxyError, ValueError) as error:  # ValueError: the row makes no sense
+        return refusal(message_id, MessageStatus(current or MessageStatus.NOT_FOUND), update)
+    except ValueError as error:  # the row makes no sense
         return error
-    return None
 
 
 def _execute(

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from base_repository import Repository
 from incident_log import Incident, counted, location, named
@@ -34,7 +35,8 @@ __all__ = ["StatusUpdateError", "StatusUpdater"]
 log = logging.getLogger("smsproxy")
 
 UPDATES_WAITING = 10_000  # delivery reports the provider may be ahead of us before it has to wait
-UPDATES_AT_ONCE = 500  # statuses in one transaction, or some more: it holds up those who accept messages
+UPDATES_AT_ONCE = 500  # statuses that are gathered for one transaction, or some more
+LARGEST_UPDATE = 1_000  # statuses in one transaction, which holds up those who accept messages for some milliseconds
 ERRORS_WAITING = 1_000  # failed updates kept for whoever reads `StatusUpdater.errors`
 EARLY = 0.5  # seconds; an expiry that comes no more than this before the next look for one waits for that look
 
@@ -48,6 +50,12 @@ class StatusUpdateError:
     error: Exception
     message_id: str
     status: object
+
+    @property
+    def is_late(self) -> bool:
+        """Whether it gave up a message that was handed over or reported on before, which is nobody's fault."""
+        harmless = isinstance(self.error, (StatusTransitionError, UnknownMessageError))
+        return harmless and isinstance(self.status, Reason)
 
 
 class StatusUpdater:
@@ -127,8 +135,7 @@ class StatusUpdater:
         while not self._ended:
             try:
                 reports = self._next(wait)
-                self._ended = any(each is self._end for each in reports)
-                self._apply([each for each in reports if each is not None])
+                self._apply(reports)
                 for _ in reports:
                     self.updates.task_done()
                 wait = None if self._ended else self._keep_house()
@@ -139,25 +146,31 @@ class StatusUpdater:
                 self._unexpected.failed(location(error))
                 wait = Incident.PAUSE
 
-    def _next(self, wait: float | None) -> list[Mapping[str, object] | None]:
-        """What waits in `updates`, as much as is applied together; nothing if nothing comes in time."""
-        reports: list[Mapping[str, object] | None] = []
+    def _next(self, wait: float | None) -> list[Updates]:
+        """What the reports say that wait in `updates`, as many as are applied together; nothing if none comes in
+        time."""
+        reports: list[Updates] = []
         size = 0
         with contextlib.suppress(queue.Empty):
-            reports.append(self.updates.get(timeout=None if wait is None else min(wait, threading.TIMEOUT_MAX)))
-            while (size := size + (len(reports[-1]) if isinstance(reports[-1], Mapping) else 1)) < UPDATES_AT_ONCE:
-                reports.append(self.updates.get_nowait())
+            report = self.updates.get(timeout=None if wait is None else min(wait, threading.TIMEOUT_MAX))
+            while True:
+                self._ended = self._ended or report is self._end
+                reports.append({} if report is None else self._updates(report))
+                size += len(reports[-1]) or 1
+                if size >= UPDATES_AT_ONCE:
+                    break
+                report = self.updates.get_nowait()
         return reports
 
-    def _apply(self, reports: Iterable[Mapping[str, object]]) -> None:
+    def _apply(self, reports: Iterable[Updates]) -> None:
         """Applies the reports in their order. Of a message's statuses that may follow each other the last is enough."""
         pending: Updates = {}
         replaced: Counter[str] = Counter()  # statuses of a message that nobody needs to store
-        for report in reports:
-            updates = self._updates(report)
+        for updates in reports:
             twice = pending.keys() & updates.keys()
             changes = {(pending[message_id], updates[message_id]) for message_id in twice}
-            if all(STATUS_OF[after] in TRANSITIONS[STATUS_OF[before]] for before, after in changes):
+            # A `Reason` may follow nothing: whether it does is for the repository to say.
+            if all(after in TRANSITIONS[STATUS_OF[before]] for before, after in changes):
                 replaced.update(twice)
             else:
                 self._store(pending, replaced)
@@ -188,8 +201,12 @@ class StatusUpdater:
         return updates
 
     def _store(self, updates: Updates, replaced: Counter[str]) -> None:
-        if not updates:
-            return
+        """Stores the updates, a large report's in parts, each by itself."""
+        items = iter(updates.items())
+        while part := dict(islice(items, LARGEST_UPDATE)):
+            self._store_part(part, replaced)
+
+    def _store_part(self, updates: Updates, replaced: Counter[str]) -> None:
         try:
             errors = persist(lambda: self._repository.update_all(updates), self._over, self._incident)
         except RepositoryUnavailableError:
@@ -204,7 +221,9 @@ class StatusUpdater:
             failed = [each for each, update in applied.items() if update is MessageStatus.FAILED]
             log.info("FastSMSing reports %s as FAILED: %s", counted(len(failed), "message"), named(failed))
         failures = [StatusUpdateError(error, message_id, updates[message_id]) for message_id, error in errors.items()]
-        self._fail(failures, replaced)
+        if late := [failure.message_id for failure in failures if failure.is_late]:
+            log.info("%s not given up, but reported on meanwhile: %s", counted(len(late), "message"), named(late))
+        self._fail([failure for failure in failures if not failure.is_late], replaced)
 
     def _count(self, applied: Updates, replaced: Counter[str]) -> None:
         counts = Counter(applied.values())
@@ -212,7 +231,7 @@ class StatusUpdater:
             if STATUS_OF[update] in FINAL_STATUSES:
                 self._metrics.final.add(count, STATUS_OF[update].value)
         reports = sum(count for update, count in counts.items() if isinstance(update, MessageStatus))
-        reports += sum(count for message_id, count in replaced.items() if message_id in applied)
+        reports += sum(replaced[each] for each in applied) if replaced else 0
         if reports:
             self._metrics.reports.add(reports, "applied")
             self._metrics.last_report.happened()
@@ -268,7 +287,7 @@ class StatusUpdater:
         try:
             self.updates.put_nowait(updates)
         except queue.Full:  # this thread alone takes from it
-            self._apply([updates])
+            self._apply([dict(updates)])
 
     def _forget(self) -> float | None:
         """Forgets a few messages; returns the seconds until it is to be called again."""

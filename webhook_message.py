@@ -120,7 +120,7 @@ def retry_after(value: str | None, now: float) -> float:
     """The seconds that a Retry-After asks for (RFC 9110, 10.2.3: seconds, or a date), an hour at the most; 0.0 for
     what cannot be understood. `now` is the wall clock's."""
     text = (value or "").strip()
-    if re.fullmatch("[0-9]{1,15}", text):
+    if re.fullmatch("[0-9]+", text):
         return min(LONGEST_WAIT, float(text))
     try:
         date = parsedate_to_datetime(text)

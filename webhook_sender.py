@@ -65,8 +65,21 @@ class _Wire:
         """Does nothing: `http.client` calls it when the head of the last response is read, and its content is not."""
 
 
+class _Response(http.client.HTTPResponse):
+    """The final response: interim ones (RFC 9110, 15.2), of which `http.client` knows only 100, are passed over."""
+
+    def begin(self) -> None:
+        """Reads the head, as `http.client` does."""
+        super().begin()
+        while self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:  # which nobody asked for
+            self.headers = None  # type: ignore[assignment]  # by which the base class knows that it has to read one
+            super().begin()
+
+
 class _Connection(http.client.HTTPConnection):
     """A connection for one request."""
+
+    response_class = _Response
 
     def __init__(self, target: WebhookTarget, context: ssl.SSLContext | None, deadline: Deadline) -> None:
         super().__init__(target.host, target.port)

@@ -143,22 +143,30 @@ BEGIN
 END $$;
 
 -- Takes over the oldest batch whose lease ran out, if the database was there long enough for its owner to renew.
--- One whose row is locked is being renewed, released or ended.
+-- One whose row is locked is being renewed, released or ended. The messages become a new batch, so that whoever had the
+-- old one, this process perhaps, can neither renew nor release them.
 CREATE FUNCTION smsproxy.take_over(me uuid, lease float8, OUT taken bigint) LANGUAGE plpgsql AS $$
 DECLARE
     moment timestamptz := clock_timestamp();
+    old bigint;
 BEGIN
     IF NOT EXISTS (SELECT FROM smsproxy.batch b WHERE b.lease_until < moment)
         OR (SELECT p.resumed_at FROM smsproxy.pulse p) >= moment - lease * interval '1 s' THEN
         RETURN;
     END IF;
     LOOP
-        UPDATE smsproxy.batch b SET owner = me, lease_until = clock_timestamp() + lease * interval '1 s'
+        DELETE FROM smsproxy.batch b
         WHERE b.id = (SELECT e.id FROM smsproxy.batch e WHERE e.lease_until < moment
                       ORDER BY e.id LIMIT 1 FOR UPDATE SKIP LOCKED)
-        RETURNING b.id INTO taken;
-        EXIT WHEN taken IS NULL OR EXISTS (SELECT FROM smsproxy.outbox o WHERE o.batch = taken);
-        DELETE FROM smsproxy.batch b WHERE b.id = taken;  -- all its messages left otherwise
+        RETURNING b.id INTO old;
+        EXIT WHEN old IS NULL;
+        CONTINUE WHEN NOT EXISTS (SELECT FROM smsproxy.outbox o WHERE o.batch = old);  -- all have left
+        INSERT INTO smsproxy.batch AS b (owner, lease_until)
+        VALUES (me, clock_timestamp() + lease * interval '1 s') RETURNING b.id INTO taken;
+        PERFORM FROM smsproxy.message m WHERE m.id = ANY (ARRAY(SELECT o.id FROM smsproxy.outbox o WHERE o.batch = old))
+            ORDER BY m.id FOR UPDATE;  -- or whoever records a hand-over could wait for this, and this for him
+        UPDATE smsproxy.outbox o SET batch = taken WHERE o.batch = old;
+        RETURN;
     END LOOP;
 END $$;
 
@@ -167,7 +175,8 @@ END $$;
 -- messages of the batch, if there is one; those of a batch that was taken over did not wait.
 CREATE FUNCTION smsproxy.claim(me uuid, size bigint, horizon float8, flush boolean, lease float8)
 RETURNS TABLE (batch_id bigint, waited bigint, taken bigint, due_in float8, full_in float8, near bigint,
-               id text, phone_number text, content bytea, age float8, linger float8, max_age float8, by_default boolean)
+               id text, phone_number text, content bytea, age float8, linger float8, max_age float8, by_default boolean,
+               place bigint)
 LANGUAGE plpgsql AS $$
 DECLARE
     found_ids text[];
@@ -202,7 +211,7 @@ BEGIN
     RETURN NEXT;
     RETURN QUERY SELECT batch_id, waited, taken, due_in, full_in, near, o.id, o.phone_number, o.content,
             greatest(0, extract(epoch FROM clock_timestamp() - o.accepted_at))::float8,
-            smsproxy.seconds(o.accepted_at, o.due), smsproxy.seconds(o.accepted_at, o.expires), o.default_linger
+            smsproxy.seconds(o.accepted_at, o.due), smsproxy.seconds(o.accepted_at, o.expires), o.default_linger, o.seq
         FROM smsproxy.outbox o WHERE o.batch = batch_id ORDER BY o.due, o.seq;
 END $$;
 """

@@ -74,9 +74,12 @@ class Leases:
         self._thread.start()
 
     def add(self, batch_id: int, sent_at: float, message_ids: Iterable[str]) -> Lease:
-        """A batch that was claimed by a statement sent at `sent_at`."""
+        """A batch that was claimed by a statement sent at `sent_at`. If this process took it over from itself, its old
+        lease ends."""
         lease = Lease(batch_id, self._end(sent_at), set(message_ids))
         with self._lock:
+            for old in {self._by_message[each] for each in lease.remaining if each in self._by_message}:
+                self._drop(old)
             self._held[batch_id] = lease
             self._by_message.update(dict.fromkeys(lease.remaining, lease))
             self._changed.notify()
@@ -101,15 +104,16 @@ class Leases:
             leases = {self._by_message[each] for each in message_ids if each in self._by_message}
             return sorted(lease.id for lease in leases if lease.remaining.issubset(message_ids))
 
-    def remove(self, message_ids: Iterable[str]) -> None:
-        """These messages are not ours any more: they left the outbox, or were released."""
+    def remove(self, message_ids: Iterable[str], lease: Lease | None = None) -> None:
+        """These messages are not ours any more: they left the outbox, or were released. With a lease: are not its."""
         with self._lock:
             for message_id in message_ids:
-                lease = self._by_message.pop(message_id, None)
-                if lease is not None:
-                    lease.remaining.discard(message_id)
-                    if not lease.remaining:
-                        self._drop(lease)
+                found = self._by_message.get(message_id)
+                if found is not None and lease in (found, None):
+                    del self._by_message[message_id]
+                    found.remaining.discard(message_id)
+                    if not found.remaining:
+                        self._drop(found)
 
     def close(self, deadline: float) -> None:
         """Ends the thread, which frees the batches that no sender began with: claimed while the senders stopped.

@@ -7,33 +7,29 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Claim, Repository
+from base_repository import EXPIRE_STEP, FORGET_STEP, RETENTION, Ages, Cancelled, Claim, Repository
 from change_outbox import ChangeOutbox
 from fastsmsing import Message
 from message_model import (
     STATUS_OF,
     Batch,
-    DuplicateMessageError,
     Entry,
     MessageStatus,
-    OverloadedError,
     Reason,
     RepositoryUnavailableError,
-    SmsProxyError,
-    StatusTransitionError,
-    UnknownMessageError,
-    ValidationError,
-    check_transition,
+    refusal,
 )  # fmt: skip
 
 from .backlog import Backlog, Counts
 from .changes import PostgresChanges
 from .connections import Database
 from .leases import Lease, Leases
+from .saving import Saving, storable
 from .schema import prepare
 from .statements import (
     AGES,
@@ -45,15 +41,12 @@ from .statements import (
     FORGET,
     HANDED_OVER,
     HASTEN,
-    KNOWN,
+    IN_OUTBOX,
     RELEASE,
-    SAVE,
-    SAVE_TOGETHER,
     SIZE,
     STATUS,
     UNSENT,
     UPDATE,
-    columns,
 )  # fmt: skip
 
 __all__ = ["PostgresRepository"]
@@ -69,16 +62,7 @@ EXPIRY_LOOK = 1.0  # seconds, longest time between two looks for what expired, w
 EXPIRY_LOOK_IDLE = 2.0  # seconds, the same while nothing does; another process's message may, and that process may die
 HASTEN_STEP = 5_000  # messages that are brought forward in one statement, during which nobody claims
 LONGEST = 1e9  # seconds, some thirty years; PostgreSQL refuses times further away than some 300,000
-TRIES = 3  # for a list whose messages are known in one statement and forgotten in the next
 SLICE = 60.0  # seconds, longest; times of changes are rounded up to slices, so most changes leave the index alone
-
-
-def _storable(message_id: str) -> bool:
-    """Whether a text column can hold the ID: neither NUL nor a lone surrogate."""
-    try:
-        return b"\0" not in message_id.encode()
-    except UnicodeEncodeError:
-        return False
 
 
 class PostgresRepository(Repository):
@@ -111,6 +95,7 @@ class PostgresRepository(Repository):
             undo.pop_all()
         self._leases = Leases(Database(url, 1), min(lease, LONGEST))
         self._backlog = Backlog(lambda: Counts(*self._database.run(COUNT)[0]), clock)
+        self._saving = Saving(self._database, self._backlog, self._retention, clock)
         self._ends = [self._leases.close]
         self._forget_at = -math.inf  # by our clock: before that nothing is to be forgotten
 
@@ -118,69 +103,11 @@ class PostgresRepository(Repository):
 
     def save_all(self, entries: Sequence[Entry], max_pending: int | None = None) -> list[Exception | None]:
         """See `Repository`. One statement, and a second one if not all could be saved."""
-        fresh: dict[str, Entry] = {}
-        for entry in filter(lambda entry: _storable(entry.message.message_id), entries):
-            fresh.setdefault(entry.message.message_id, entry)  # of those with one ID the first counts
-        known: dict[str, bytes | None] = {}
-        room = len(fresh) if max_pending is None else self._room(len(fresh), max_pending)
-        if room < len(fresh):  # those that are known are told so, however full it is
-            known = self._known(fresh)
-            fresh = dict([item for item in fresh.items() if item[0] not in known][:room])
-        saved, again = self._insert(SAVE, list(fresh.values())) if fresh else (set(), False)
-        if missing := fresh.keys() - saved:
-            found = self._known(missing)
-            if again:
-                saved |= _saved_before({each: fresh[each] for each in missing}, found)
-            known.update(found)
-        known.update((each, fresh[each].fingerprint) for each in saved)
-        _stamp(entries, self._clock())
-        errors: list[Exception | None] = []
-        for entry in entries:
-            message_id = entry.message.message_id
-            ours = message_id in saved and fresh[message_id] is entry
-            errors.append(None if ours else _not_saved(message_id, known))
-        return errors
+        return self._saving.save_all(entries, max_pending)
 
     def save_together(self, entries: Sequence[Entry], max_pending: int | None = None) -> Exception | None:
         """See `Repository`. One statement, and a second one if nothing could be saved."""
-        fresh: dict[str, Entry] = {}
-        for entry in entries:
-            message_id = entry.message.message_id
-            if not _storable(message_id) or message_id in fresh:
-                return _not_saved(message_id, {each: one.fingerprint for each, one in fresh.items()})
-            fresh[message_id] = entry
-        room = max_pending is None or self._room(len(fresh), max_pending) >= len(fresh)
-        for _ in range(TRIES if fresh else 0):
-            saved, again = self._insert(SAVE_TOGETHER, entries) if room else (set(), False)
-            known = {} if saved else self._known(fresh)
-            if saved or (again and _saved_before(fresh, known) == fresh.keys()):
-                _stamp(entries, self._clock())
-                return None
-            if duplicate := next(filter(known.__contains__, fresh), None):
-                return DuplicateMessageError(duplicate, known[duplicate])
-            if not room:
-                break
-        return OverloadedError("too many messages are pending") if fresh else None
-
-    def _room(self, wanted: int, max_pending: int) -> int:
-        """How many of so many messages may be saved."""
-        room = max_pending - self._backlog.get().pending
-        if room < wanted:  # others may have handed over a lot since the last count
-            room = max_pending - self._backlog.recount().pending
-        return max(0, room)
-
-    def _insert(self, statement: str, entries: Sequence[Entry]) -> tuple[set[str], bool]:
-        self._backlog.add(len(entries), len(entries))  # at once: others are saving, too
-        saved: set[str] = set()
-        try:
-            rows, again = self._database.run_again(lambda again: (statement, (*columns(entries), self._retention)))
-            saved = {row[0] for row in rows}
-        finally:
-            self._backlog.add(len(saved) - len(entries), len(saved) - len(entries))
-        return saved, again
-
-    def _known(self, ids: Any) -> dict[str, bytes | None]:
-        return dict(self._database.run(KNOWN, (sorted(ids), self._retention)))
+        return self._saving.save_together(entries, max_pending)
 
     # Statuses
 
@@ -195,12 +122,12 @@ class PostgresRepository(Repository):
         return Reason(row[1]) if row and row[1] else None
 
     def _status(self, message_id: str) -> Any:
-        rows = self._database.run(STATUS, (message_id, self._retention)) if _storable(message_id) else []
+        rows = self._database.run(STATUS, (message_id, self._retention)) if storable(message_id) else []
         return rows[0] if rows else None
 
     def update_all(self, updates: Mapping[str, MessageStatus | Reason]) -> dict[str, Exception]:
         """See `Repository`. One statement; repeats and reordering do no harm."""
-        ids = sorted(filter(_storable, updates))
+        ids = sorted(filter(storable, updates))
         wanted = [STATUS_OF[updates[each]] for each in ids]
         reasons = [each.value if isinstance(each := updates[message_id], Reason) else None for message_id in ids]
         parameters = {
@@ -219,7 +146,7 @@ class PostgresRepository(Repository):
         for message_id, update in updates.items():
             before, applied = found.get(message_id, (MessageStatus.NOT_FOUND, False))
             if not applied:
-                errors[message_id] = _refusal(message_id, before, STATUS_OF[update])
+                errors[message_id] = refusal(message_id, before, update)
         return errors
 
     # Handing over
@@ -246,7 +173,7 @@ class PostgresRepository(Repository):
             return
         parameters = (self._leases.owner, [batch.lease.id], sorted(batch.ids))
         self._backlog.add(0, self._database.run(RELEASE, parameters, timeout=RELEASE_TIMEOUT)[0][0])
-        self._leases.remove(batch.ids)
+        self._leases.remove(batch.ids, batch.lease)
 
     def unsent(self, batch: Batch) -> Batch:
         """See `Repository`. While the database is away: what is left as far as this process knows."""
@@ -254,17 +181,19 @@ class PostgresRepository(Repository):
             return batch.only(lambda entry: False)
         try:
             rows = self._database.run(UNSENT, (batch.lease.id, self._leases.owner), timeout=UNSENT_TIMEOUT)
+            left = {row[0] for row in rows}
+            self._leases.remove(set(batch.ids) - left, batch.lease)
+            if not left and not self._database.run(IN_OUTBOX, (batch.ids,), timeout=UNSENT_TIMEOUT)[0][0]:
+                return Batch(())  # all were reported on, so no lease is lost
         except RepositoryUnavailableError:
             left = self._leases.known(batch.lease)
-        else:
-            left = {row[0] for row in rows}
-            self._leases.remove(set(batch.ids) - left)
         return batch if left.issuperset(batch.ids) else batch.only(lambda entry: entry.message.message_id in left)
 
     def handed_over(self, batch: Batch) -> None:
         """See `Repository`. Also when the lease is lost: FastSMSing took the messages."""
-        ids = sorted(filter(_storable, batch.ids))
-        parameters = {"ids": ids, "slice": self._slice, "ended": self._leases.ended_by(ids)}
+        ids = sorted(filter(storable, batch.ids))
+        last = max((entry.place for entry in batch.entries), default=0) or sys.maxsize  # 0: saved here, and not claimed
+        parameters = {"ids": ids, "last": last, "slice": self._slice, "ended": self._leases.ended_by(ids)}
         self._backlog.add(*(-count for count in self._database.run(HANDED_OVER, parameters)[0]))
         self._leases.remove(ids)
 
@@ -274,13 +203,13 @@ class PostgresRepository(Repository):
 
     # What waits
 
-    def cancel(self, message_id: str) -> bool:
-        """See `Repository`. One statement, under the lock of the claims."""
-        if not _storable(message_id):
-            return False
+    def cancel(self, message_id: str) -> Cancelled | None:
+        """See `Repository`. One statement, under the lock of the claims. If its answer is lost, none is told `NOW`."""
+        if not storable(message_id):
+            return None
         cancelled, now = self._database.run(CANCEL, (message_id, self._retention, self._slice))[0]
         self._backlog.add(-now, -now)
-        return bool(cancelled)
+        return (Cancelled.NOW if now else Cancelled.BEFORE) if cancelled else None
 
     def expire(self) -> tuple[list[str], float]:
         """See `Repository`. What other processes accept may expire before what is known here: the wait is short."""
@@ -351,43 +280,11 @@ class PostgresRepository(Repository):
             end(deadline)
 
 
-def _stamp(entries: Sequence[Entry], now: float) -> None:
-    for entry in entries:
-        entry.accepted_at, entry.due, entry.expires_at = now, now + entry.linger, now + entry.max_age
-
-
-def _saved_before(entries: Mapping[str, Entry], known: Mapping[str, bytes | None]) -> set[str]:
-    """What the first try of a statement saved whose answer was lost: what had no key got an ID that nobody can have
-    used before."""
-    return {each for each, entry in entries.items() if (known.get(each, b""), entry.fingerprint) == (None, None)}
-
-
-def _not_saved(message_id: str, known: Mapping[str, bytes | None]) -> Exception:
-    """Why an entry was not saved; `known` has the fingerprints of those that are stored by now."""
-    if message_id in known:
-        return DuplicateMessageError(message_id, known[message_id])
-    if not _storable(message_id):
-        return ValidationError("message_id", "must not contain NUL or lone surrogates")
-    return OverloadedError("too many messages are pending")
-
-
 def _entries(rows: Sequence[Any], now: float) -> tuple[Entry, ...]:
     """The messages of a batch, as `claim` in the database tells them."""
     entries = []
-    for message_id, phone, content, age, linger, max_age, by_default in rows:
+    for message_id, phone, content, age, linger, max_age, by_default, place in rows:
         message, accepted_at = Message(phone, bytes(content).decode(), message_id), now - age
         times = accepted_at, accepted_at + linger, accepted_at + max_age
-        entries.append(Entry(message, None, linger, by_default, max_age, *times))
+        entries.append(Entry(message, None, linger, by_default, max_age, *times, place))
     return tuple(entries)
-
-
-def _refusal(message_id: str, current: MessageStatus, status: MessageStatus) -> Exception:
-    """Why this update of a message is refused."""
-    if current is MessageStatus.NOT_FOUND:
-        return UnknownMessageError(f"message {message_id!r} is not known")
-    try:
-        check_transition(message_id, current, status)
-    except SmsProxyError as error:
-        return error
-    # It could be applied by the status seen, so another process changed it: the next report tells.
-    return StatusTransitionError(f"message {message_id} was changed meanwhile")

@@ -11,8 +11,8 @@ from typing import Any
 from message_model import TRANSITIONS, Entry
 
 __all__ = [
-    "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "KNOWN", "RELEASE",
-    "RENEW", "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE", "columns",
+    "AGES", "CANCEL", "CHECK", "CLAIM", "COUNT", "EXPIRE", "FORGET", "HANDED_OVER", "HASTEN", "IN_OUTBOX", "KNOWN",
+    "RELEASE", "RENEW", "SAVE", "SAVE_TOGETHER", "SIZE", "STATUS", "UNSENT", "UPDATE", "columns",
 ]  # fmt: skip
 
 SAVE = """
@@ -40,7 +40,8 @@ ENDED = """
 """
 UPDATE = f"""
 WITH found AS MATERIALIZED (
-    SELECT m.id, m.status AS before, g.status, g.reason, {TRANSITION} AS allowed
+    SELECT m.id, m.status AS before, g.status, g.reason,
+        {TRANSITION} AND (g.reason IS NULL OR m.changed_at IS NULL) AS allowed
     FROM unnest(%(ids)s::text[], %(statuses)s::text[], %(reasons)s::text[]) AS g(id, status, reason)
     JOIN smsproxy.message m ON m.id = g.id COLLATE "C"
     WHERE (m.changed_at > clock_timestamp() - %(retention)s::float8 * interval '1 s') IS NOT FALSE
@@ -57,10 +58,12 @@ HANDED_OVER = f"""
 WITH found AS MATERIALIZED (
     SELECT m.id FROM unnest(%(ids)s::text[]) AS g(id) JOIN smsproxy.message m ON m.id = g.id COLLATE "C"
     WHERE m.changed_at IS NULL ORDER BY m.id FOR UPDATE OF m
-), done AS (
-    UPDATE smsproxy.message SET changed_at = smsproxy.changed(%(slice)s::float8) WHERE id IN (SELECT id FROM found)
 ), gone AS (
-    DELETE FROM smsproxy.outbox WHERE id IN (SELECT id FROM found) RETURNING id, batch IS NULL AS waited
+    -- An ID that was forgotten meanwhile and accepted anew has a later number than all of its old batch.
+    DELETE FROM smsproxy.outbox WHERE id IN (SELECT id FROM found) AND seq <= %(last)s::bigint
+    RETURNING id, batch IS NULL AS waited
+), done AS (
+    UPDATE smsproxy.message SET changed_at = smsproxy.changed(%(slice)s::float8) WHERE id IN (SELECT id FROM gone)
 ), ended AS ({ENDED})
 SELECT count(*), count(*) FILTER (WHERE waited) FROM gone
 """
@@ -71,6 +74,7 @@ UNSENT = """
 SELECT o.id FROM smsproxy.outbox o JOIN smsproxy.batch b ON b.id = o.batch
 WHERE o.batch = %s::bigint AND b.owner = %s::uuid
 """
+IN_OUTBOX = "SELECT count(*) FROM smsproxy.outbox WHERE id = ANY (%s::text[])"
 CANCEL = "SELECT * FROM smsproxy.cancel(%s, %s::float8, %s::float8)"
 EXPIRE = "SELECT * FROM smsproxy.expire(%s::bigint, %s::float8)"
 HASTEN = "SELECT smsproxy.hasten(%s::float8, %s::bigint)"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from base_repository import Claim, Repository
+from base_repository import Cancelled, Claim, Repository
 from fastsmsing import Message
 from helpers import HANG
 from message_model import (
@@ -214,6 +214,23 @@ class RepositoryContract:
         assert (repository.get(name(1)), repository.reason(name(1))) == (FAILED, reason)
         assert (repository.get(name(2)), repository.reason(name(2))) == (FAILED, None)
 
+    @pytest.mark.parametrize("reason", Reason)
+    def test_what_was_handed_over_or_reported_on_cannot_be_given_up_any_more(
+        self, repository: Repository, reason: Reason
+    ) -> None:
+        repository.save_all(entries(range(4)))
+        batch = repository.claim(3, 0.0).batch
+        assert batch is not None
+        repository.handed_over(batch.only(lambda each: each.message.message_id == name(0)))
+        repository.update_all({name(1): CONFIRMED})
+        errors = repository.update_all({**{name(number): reason for number in range(4)}, "x": reason})
+        kinds = {key: type(error) for key, error in errors.items()}
+        assert kinds == {name(0): StatusTransitionError, name(1): StatusTransitionError, "x": UnknownMessageError}
+        found = [(repository.get(name(number)), repository.reason(name(number))) for number in range(4)]
+        assert found == [(ACCEPTED, None), (CONFIRMED, None), (FAILED, reason), (FAILED, reason)]
+        assert repository.update_all({name(0): FAILED, name(1): DELIVERED}) == {}
+        assert repository.backlog() == 0
+
     def test_one_update_that_fails_costs_no_other(self, repository: Repository) -> None:
         repository.save_all([entry(number) for number in range(3)])
         repository.update(name(1), DELIVERED)
@@ -370,6 +387,14 @@ class RepositoryContract:
         repository.release(batch)
         assert self.numbers(repository.unsent(batch)) == []
 
+    def test_a_batch_is_not_lost_when_all_of_it_was_reported_on(self, repository: Repository) -> None:
+        repository.save_all(entries(range(3)))
+        batch = repository.claim(2, 0.0).batch
+        assert batch is not None
+        repository.update_all({name(0): DELIVERED, name(1): CONFIRMED})
+        left = repository.unsent(batch)
+        assert (len(left), repository.holds(left)) == (0, True)
+
     def test_parts_of_a_batch_are_handed_over_by_themselves(self, repository: Repository) -> None:
         repository.save_all([entry(number) for number in range(4)])
         batch = repository.claim(4, 0.0).batch
@@ -437,10 +462,10 @@ class RepositoryContract:
 
     def test_a_message_that_waits_can_be_cancelled_and_is_never_sent(self, repository: Repository) -> None:
         repository.save_all(entries(range(3), linger=50.0))
-        assert repository.cancel(name(1))
+        assert repository.cancel(name(1)) is Cancelled.NOW
         assert (repository.get(name(1)), repository.reason(name(1))) == (FAILED, Reason.CANCELLED)
         assert repository.backlog() == 2
-        assert repository.cancel(name(1))  # again
+        assert repository.cancel(name(1)) is Cancelled.BEFORE
         assert self.numbers(repository.claim(5, 0.0, flush=True).batch) == [0, 2]
 
     def test_what_is_in_a_batch_handed_over_final_or_unknown_is_not_cancelled(self, repository: Repository) -> None:
@@ -449,10 +474,30 @@ class RepositoryContract:
         assert batch is not None
         repository.handed_over(batch.only(lambda each: each.message.message_id == name(0)))
         repository.update_all({name(2): DELIVERED, name(3): Reason.REJECTED})
-        assert [repository.cancel(name(number)) for number in range(5)] == [False] * 5
+        assert [repository.cancel(name(number)) for number in range(5)] == [None] * 5
         statuses = [repository.get(name(number)) for number in range(5)]
         assert statuses == [ACCEPTED, ACCEPTED, DELIVERED, FAILED, NOT_FOUND]
         assert not any(repository.cancel(message_id) for message_id in ODD_IDS)
+
+    def test_of_those_who_cancel_a_message_at_the_same_time_one_is_told_that_it_was_he(
+        self, repository: Repository
+    ) -> None:
+        told: list[tuple[int, Cancelled | None]] = []
+        start = threading.Barrier(4)
+
+        def cancel() -> None:
+            start.wait(HANG)
+            told.extend((number, repository.cancel(name(number))) for number in range(50))
+
+        repository.save_all(entries(range(50)))
+        threads = [threading.Thread(target=cancel) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANG)
+        for when, times in (Cancelled.NOW, 1), (Cancelled.BEFORE, 3):
+            found = sorted(number for number, each in told if each is when)
+            assert found == sorted([*range(50)] * times)
 
     def test_of_a_cancel_and_a_claim_one_gets_the_message(self, repository: Repository) -> None:
         cancelled: list[int] = []
@@ -513,9 +558,9 @@ class RepositoryContract:
 
     # Forgetting
 
-    @pytest.mark.parametrize("update", [None, CONFIRMED, DELIVERED, Reason.REJECTED])
+    @pytest.mark.parametrize("update", [None, CONFIRMED, DELIVERED, FAILED])
     def test_a_message_is_forgotten_some_time_after_its_last_change(
-        self, repository: Repository, age: Callable[[float], None], update: MessageStatus | Reason | None
+        self, repository: Repository, age: Callable[[float], None], update: MessageStatus | None
     ) -> None:
         repository.save(name(1))
         age(0.9 * RETENTION)
@@ -546,6 +591,24 @@ class RepositoryContract:
         age(1.1 * RETENTION)
         repository.forget()
         assert repository.get(name(1)) is ACCEPTED
+
+    def test_the_end_of_an_old_request_does_not_hand_over_what_was_accepted_anew(
+        self, repository: Repository, age: Callable[[float], None]
+    ) -> None:
+        repository.save_all(entries(range(3)))
+        old = repository.claim(3, 0.0).batch
+        assert old is not None
+        repository.update_all({name(0): DELIVERED, name(1): CONFIRMED})
+        age(1.1 * RETENTION)
+        repository.forget()
+        assert repository.save_all([entry(0, "new"), entry(1, "new")]) == [None, None]
+        assert self.numbers(repository.claim(1, 0.0).batch) == [0]
+        repository.handed_over(old)
+        assert repository.backlog() == 2
+        assert self.numbers(repository.claim(3, 0.0).batch) == [1]
+        assert [repository.get(name(number)) for number in range(3)] == [ACCEPTED] * 3
+        age(1.1 * RETENTION)
+        assert [repository.get(name(number)) for number in range(3)] == [ACCEPTED, ACCEPTED, NOT_FOUND]
 
     def test_what_waits_in_the_outbox_is_never_forgotten(
         self, repository: Repository, age: Callable[[float], None]

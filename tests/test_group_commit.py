@@ -49,7 +49,9 @@ class Recorded:
                 raise ValueError("a bad item")
             if item == "damaged":
                 raise sqlite3.DatabaseError("malformed")
-        self._items += items
+            if item == "full":
+                raise sqlite3.OperationalError("database or disk is full")
+            self._items.append(item)
         return [f"{item} stored" for item in items]
 
 
@@ -133,7 +135,28 @@ def test_an_item_that_fails_costs_no_other_item_anything(commits: GroupCommit, t
     assert [str(result) for result in results] == [
         "a stored", "b stored", "a bad item", "c stored", "a bad item", "d stored",
     ]  # fmt: skip
-    assert sorted(item for items in transactions.committed for item in items) == ["a", "b", "c", "d"]
+    assert transactions.committed == [["a", "b", "c", "d"]]
+
+
+@pytest.mark.parametrize("group", [["a", "bad", "b", "full"], ["full", "a", "bad", "b"], ["a", "full", "bad"]])
+def test_when_the_disk_is_full_while_an_item_is_looked_for_that_fails_nothing_is_changed(
+    commits: GroupCommit, transactions: Recorded, group: list[str]
+) -> None:
+    with pytest.raises(RepositoryUnavailableError, match="disk is full"):
+        commits.change(transactions.store, group)
+    assert transactions.committed == []
+
+
+def test_what_fails_only_when_it_is_committed_fails_all_that_wait(
+    commits: GroupCommit, transactions: Recorded, damage: list[str]
+) -> None:
+    def malformed() -> None:
+        raise sqlite3.DatabaseError("malformed")
+
+    transactions.before_commit = malformed
+    results = commits.change(transactions.store, ["a", "b"])
+    assert [type(each) for each in results] == [RepositoryUnavailableError] * 2
+    assert (transactions.committed, damage) == ([], ["malformed"])
 
 
 def test_one_item_raises_what_failed(commits: GroupCommit, transactions: Recorded) -> None:

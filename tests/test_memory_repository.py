@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -66,6 +67,44 @@ class TestInMemory(RepositoryContract):
         del message
         kept = [each for each in gc.get_objects() if isinstance(each, Message) and "cancelled" in each.message]
         assert len(kept) <= SPARE
+
+    def test_a_message_takes_no_more_memory_for_being_claimed_and_released_again_and_again(
+        self, repository: InMemoryRepository
+    ) -> None:
+        repository.save_all([entry(number, linger=3600.0, max_age=7200.0) for number in range(100)])
+        repository.save_all([entry(100)])
+
+        def again(times: int) -> int:
+            for _ in range(times):
+                batch = repository.claim(101, 0.0).batch
+                assert batch is not None
+                repository.release(batch)
+            return tracemalloc.get_traced_memory()[0]
+
+        tracemalloc.start()
+        try:
+            before = again(10)
+            after = again(200)
+        finally:
+            tracemalloc.stop()
+        assert after - before < 100_000
+
+    @pytest.mark.parametrize("looks", range(3))
+    def test_what_is_too_old_when_it_is_released_expires_then(
+        self, repository: InMemoryRepository, clock: Clock, looks: int
+    ) -> None:
+        repository.save_all([entry(number, max_age=10.0 + number) for number in range(4)])
+        batch = repository.claim(4, 0.0).batch
+        assert batch is not None
+        clock.advance(12.0)
+        for _ in range(looks):
+            assert repository.expire() == ([], 1.0)
+        repository.release(batch.only(lambda each: each.message.message_id != name(1)))
+        assert repository.expire() == ([name(0), name(2)], 1.0)
+        clock.advance(2.0)
+        assert repository.expire() == ([name(3)], math.inf)
+        repository.release(batch)
+        assert repository.expire() == ([name(1)], math.inf)
 
     def test_an_expiry_is_to_be_looked_for_when_the_first_message_expires(self, repository: InMemoryRepository) -> None:
         for number, age in enumerate((90.0, 50.0)):

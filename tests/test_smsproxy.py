@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from fastsmsing import FastSmsingError, InMemoryClient, RejectedError
 from helpers import HANG, Clock, every_thread_ends, returned_by, together, until
 from providers import Gate, Gossip, Recorder, Scripted
 from smsproxy import (
+    Cancelled,
     ClosedError,
     DuplicateMessageError,
     IdempotencyError,
@@ -255,6 +257,21 @@ def test_a_message_that_waits_can_be_cancelled() -> None:
         assert (proxy.get_status(cancelled), proxy.get_reason(cancelled)) == (FAILED, Reason.CANCELLED)
         assert proxy.metrics.given_up.count("cancelled") == proxy.metrics.final.total == 1
     assert provider.ids == [kept]
+
+
+def test_a_message_that_several_cancel_at_the_same_time_counts_once() -> None:
+    class Late(InMemoryRepository):
+        """Cancels when all have come to cancel."""
+
+        def cancel(self, message_id: str) -> Cancelled | None:
+            all_came.wait(HANG)
+            return super().cancel(message_id)
+
+    all_came = threading.Barrier(3)
+    with SmsProxy(Recorder(), LINGERING, repository=Late()) as proxy, ThreadPoolExecutor(3) as pool:
+        message_id = proxy.send(HELLO).id
+        assert list(pool.map(proxy.cancel, [message_id] * 3)) == [True] * 3
+        assert (proxy.metrics.given_up.count("cancelled"), proxy.metrics.final.total) == (1, 1)
 
 
 def test_a_message_that_is_too_old_fails_on_time_while_the_provider_is_away() -> None:

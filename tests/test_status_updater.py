@@ -16,6 +16,7 @@ import pytest
 import fastsmsing
 import message_ids
 import status_updater
+from fastsmsing import Message
 from helpers import HANG, Clock, returned_by
 from smsproxy import (
     InMemoryRepository,
@@ -42,7 +43,7 @@ class Watched(InMemoryRepository):
         self.entered, self.gate = threading.Semaphore(0), threading.Event()
         self.gate.set()
         for message_id in message_ids:
-            self.save(message_id)
+            self.save(message_id, Message("48123456789", "Hi", message_id))
 
     def update_all(self, updates: Mapping[str, Any]) -> dict[str, Exception]:
         self.entered.release()
@@ -101,14 +102,22 @@ def test_reports_that_came_together_have_the_effect_of_one_after_the_other(seed:
     assert len(together.groups) < len(apart.groups)
 
 
-@pytest.mark.parametrize(
-    ("report", "status", "reason"),
-    [("DELIVERED", DELIVERED, None), ("FAILED", FAILED, None), ("CONFIRMED", FAILED, Reason.ATTEMPTS)],
-)
-def test_giving_up_does_not_overtake_a_report(report: str, status: MessageStatus, reason: Reason | None) -> None:
+@pytest.mark.parametrize("report", [CONFIRMED, DELIVERED, FAILED])
+def test_giving_up_does_not_overtake_a_report(report: MessageStatus) -> None:
     repository = Watched("a")
-    updater_of(repository, {"a": report}, {"a": Reason.ATTEMPTS})
-    assert (repository.get("a"), repository.reason("a")) == (status, reason)
+    updater_of(repository, {"a": report.value}, {"a": Reason.ATTEMPTS})
+    assert (repository.get("a"), repository.reason("a")) == (report, None)
+
+
+def test_a_message_that_is_given_up_too_late_is_no_refused_report(caplog: pytest.LogCaptureFixture) -> None:
+    metrics, repository = Metrics(), Watched("a", "b")
+    for report in ({"a": "CONFIRMED"}, {"a": Reason.ATTEMPTS, "x": Reason.EXPIRED}, {"a": "DELIVERED"}):
+        updater = updater_of(repository, report, metrics=metrics)
+        assert errors_of(updater) == []
+    assert repository.get("a") is DELIVERED
+    counts = {label: metrics.reports.count(label) for label in ("applied", *StatusUpdater.RESULTS.values(), "error")}
+    assert counts == {"applied": 2, "refused": 0, "unknown_message": 0, "unknown_status": 0, "error": 0}
+    assert (metrics.final.count("FAILED"), caplog.messages) == (0, [])
 
 
 def test_what_cannot_be_applied_is_an_error_and_the_rest_is_applied() -> None:
@@ -278,6 +287,44 @@ def test_a_report_that_cannot_be_read_costs_no_other_and_no_give_up(caplog: pyte
     assert repository.statuses("a", "b", "c") == [DELIVERED, DELIVERED, FAILED]
     assert repository.reason("c") is Reason.ATTEMPTS
     assert "48123456789" not in caplog.text
+
+
+@pytest.mark.parametrize("broken", [ValueError("48123456789"), MemoryError()])
+def test_a_report_that_does_not_know_its_length_costs_no_other(broken: Exception) -> None:
+    class Unsized(Broken):
+        def __len__(self) -> int:
+            raise broken
+
+    repository = Watched("a", "b", "c")
+    with running(repository, {"b": "DELIVERED"}, Unsized(), {"c": "DELIVERED"}) as updater:
+        returned_by(updater.updates.join)
+    assert repository.statuses("a", "b", "c") == [DELIVERED] * 3
+
+
+def test_a_large_report_is_stored_in_parts_and_what_is_stored_is_not_stored_again() -> None:
+    ids = [f"m{number}" for number in range(2_400)]
+    repository, metrics = Watched(*ids), Metrics()
+    refusals = {2: RepositoryUnavailableError("disk full")}
+
+    def update_all(updates: Mapping[str, Any]) -> dict[str, Exception]:
+        if refusal := refusals.pop(len(repository.groups), None):
+            raise refusal
+        return Watched.update_all(repository, updates)
+
+    repository.update_all = update_all  # type: ignore[method-assign]
+    updater_of(repository, dict.fromkeys(ids, "DELIVERED"), metrics=metrics)
+    assert [len(group) for group in repository.groups] == [1_000, 1_000, 400]
+    assert Counter(repository.statuses(*ids)) == {DELIVERED: 2_400}
+    assert (metrics.reports.count("applied"), metrics.reports.count("refused")) == (2_400, 0)
+
+
+def test_what_a_large_report_replaces_counts_as_that_does() -> None:
+    ids = [f"m{number}" for number in range(2_400)]
+    metrics, repository = Metrics(), Watched(*ids)
+    reports = {ids[0]: "CONFIRMED", "x": "CONFIRMED"}, {**dict.fromkeys(ids, "DELIVERED"), "x": "DELIVERED"}
+    updater_of(repository, *reports, metrics=metrics)
+    assert [len(group) for group in repository.groups] == [1_000, 1_000, 401]
+    assert (metrics.reports.count("applied"), metrics.reports.count("unknown_message")) == (2_401, 2)
 
 
 def test_reports_about_ids_that_are_not_ours_are_one_line_without_an_id(caplog: pytest.LogCaptureFixture) -> None:

@@ -97,7 +97,7 @@ class Teller:
             self.bodies.append(job.batch)
         self.client.dispatcher.ended(job, self.client.conclude(job, answered))
 
-    def change(self, numbers: Sequence[int], update: MessageStatus | Reason = DELIVERED) -> None:
+    def change(self, numbers: Sequence[int], update: MessageStatus = DELIVERED) -> None:
         """These messages change now."""
         self.repository.update_all({name(number): update for number in numbers})
         self.client.changed()
@@ -214,7 +214,7 @@ def test_changes_of_what_is_under_way_are_told_after_it() -> None:
     teller = Teller(world := World(), latency=5.0, count=1)
     teller.change([0], CONFIRMED)
     world.wait(2.0)
-    teller.change([0], Reason.ATTEMPTS)
+    teller.change([0], MessageStatus.FAILED)
     world.wait(10.0)
     assert [body.changes[0].status for body in teller.bodies] == [CONFIRMED, FAILED]
     assert teller.starts() == [1.0, 6.0]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import shutil
 import socket
@@ -77,6 +78,20 @@ def test_everything_else_is_a_failure(status: int) -> None:
         assert post(receiver) == Answer(False, f"status {status}", 7.0)
 
 
+@pytest.mark.parametrize("interim", [[100], [102], [103], [103, 100, 102, 199]])
+def test_interim_responses_are_passed_over(interim: list[int]) -> None:
+    before = b"".join(f"HTTP/1.1 {status} Wait\r\nLink: </a>\r\nRetry-After: 9\r\n\r\n".encode() for status in interim)
+    for status, ok in (200, True), (503, False):
+        final = f"HTTP/1.1 {status} Told\r\nContent-Length: 2\r\n\r\nhi"
+        with Receiver(garbage(before + final.encode())) as receiver:
+            assert post(receiver) == Answer(ok, f"status {status}")
+
+
+def test_a_change_of_protocol_is_a_failure() -> None:
+    with Receiver(garbage(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n")) as receiver:
+        assert post(receiver) == Answer(False, "status 101")
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_not_followed(status: int) -> None:
     with Receiver() as elsewhere, Receiver(answer(status, f"Location: {elsewhere.url()}")) as receiver:
@@ -131,6 +146,16 @@ def test_the_deadline_holds_also_against_a_receiver_that_hangs_or_trickles(behav
         answered = post(receiver, timeout=SOON)
     assert answered == Answer(False, "TimeoutError")
     assert SOON - 0.01 <= time.monotonic() - began < HANG / 3
+
+
+def test_the_deadline_holds_also_against_a_receiver_that_sends_nothing_but_interim_responses() -> None:
+    def behave(handler: Any) -> None:
+        with contextlib.suppress(OSError):
+            while not handler.server.over.is_set():
+                handler.write(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100)
+
+    with Receiver(behave) as receiver:
+        assert post(receiver, timeout=SOON) == Answer(False, "TimeoutError")
 
 
 def test_the_status_counts_also_when_the_content_never_ends() -> None:

@@ -269,6 +269,29 @@ def test_a_batch_that_is_lost_is_renewed_no_more(cluster: Cluster, url: str, mak
     assert claim(repository).ids == batch.ids
 
 
+def test_a_batch_that_a_process_takes_over_from_itself_is_out_of_reach_of_its_old_lease(
+    cluster: Cluster, url: str, make: Make
+) -> None:
+    one, other = make(), make()
+    ids = [*fill(one, 2), *fill(one, 3, linger=LEASE * 100)]
+    old = claim(one)
+    let_pass(cluster, url, LEASE + 1)
+    new = claim(one)
+    assert (old.ids, new.ids) == (ids, ids)
+    assert [one.holds(old), one.holds(new)] == [False, True]
+    assert one.unsent(old).ids == []
+    one.release(old.only(lambda each: each.linger > 0))
+    assert (one.unsent(new).ids, other.claim(9, 0.0, flush=True).batch) == (ids, None)
+    let_pass(cluster, url, LEASE - 1)
+    one._leases._renew()
+    let_pass(cluster, url, LEASE - 1)
+    assert (one.holds(new), other.claim(9, 0.0, flush=True).batch) == (True, None)
+    one.handed_over(old.only(lambda each: each.message.message_id == ids[0]))
+    assert one.unsent(new).ids == ids[1:]
+    one.release(new)
+    assert other.claim(9, 0.0, flush=True).batch is not None
+
+
 def test_renewal_keeps_all_parts_of_a_batch_and_finds_out_that_another_has_it(
     cluster: Cluster, url: str, make: Make
 ) -> None:

@@ -344,8 +344,17 @@ def test_nothing_is_left_to_send_of_a_batch_that_another_took_over(cluster: Clus
     batch = claim(one)
     let_pass(cluster, url, LEASE + 1)
     assert claim(other).ids == batch.ids
-    assert one.unsent(batch).ids == []
-    assert not one.holds(batch)
+    left = one.unsent(batch)
+    assert (left.ids, one.holds(left), one.holds(batch)) == ([], False, False)
+
+
+def test_a_batch_of_which_another_instance_reported_all_is_not_lost(make: Make) -> None:
+    one, other = make(), make()
+    ids = fill(one, 2)
+    batch = claim(one)
+    other.update_all(dict.fromkeys(ids, MessageStatus.DELIVERED))
+    left = one.unsent(batch)
+    assert (left.ids, one.holds(left)) == ([], True)
 
 
 def test_while_the_database_is_away_what_is_known_here_counts(cluster: Cluster, passage: Passage, make: Make) -> None:
