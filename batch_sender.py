@@ -63,14 +63,7 @@ class Sender:
 
     def prepare(self, job: Job[Batch]) -> bool:
         """Leaves in the batch what is still to be sent; returns whether that is anything."""
-        before = job.batch
-        try:
-            job.batch = self._repository.unsent(before)
-        except RepositoryUnavailableError as error:  # as far as this process knows, all of it
-            self._incident.failed(error)
-        if not self._repository.holds(job.batch):
-            log.warning("a lease is lost, so others send: %s", named(before.ids))
-            job.batch = replace(before, entries=())
+        job.batch = self.ours(job.batch)
         now = self._clock()
         while expired := [entry.message.message_id for entry in job.batch.entries if entry.expires_at <= now]:
             job.batch = replace(job.batch, entries=tuple([each for each in job.batch.entries if each.expires_at > now]))
@@ -79,6 +72,18 @@ class Sender:
         if not job.batch.entries and job.error is not None:
             self._report(job)
         return bool(job.batch.entries)
+
+    def ours(self, batch: Batch) -> Batch:
+        """What of the batch nobody has reported on, and is this process's to decide on, as far as it knows."""
+        try:
+            left = self._repository.unsent(batch)
+        except RepositoryUnavailableError as error:
+            self._incident.failed(error)
+            left = batch
+        if self._repository.holds(left):
+            return left
+        log.warning("a lease is lost, so others send: %s", named(batch.ids))
+        return replace(batch, entries=())
 
     def request(self, job: Job[Batch]) -> None:
         """One paid request; sets the job's `error` and `refused`."""
@@ -195,9 +200,9 @@ class Sender:
                 log.warning("%d messages fail while others are taken, so their halves are sent", len(job.batch))
                 return [*self._halves(job), *suspects]
             return [job, *suspects]
-        if self._repository.holds(job.batch):  # otherwise others send it
+        if left := self.ours(job.batch).ids:
             self._metrics.batches.add(1, "given_up")
-            self.give_up(job.batch.ids, Reason.ATTEMPTS, f", {describe(error)}")
+            self.give_up(left, Reason.ATTEMPTS, f", {describe(error)}")
             self._report(job)
         return suspects
 

@@ -173,8 +173,8 @@ class SimpleBatchingClient:
         before; and seconds until it is to be called again. May block for the repository.
         """
         batches, next_retry = self.dispatcher.expire()
-        # Of a batch whose lease is lost others decide.
-        retries = [message_id for batch, ids in batches if self._repository.holds(batch) for message_id in ids]
+        ours = {each for batch, _ in batches for each in self.sender.ours(batch).ids}
+        retries = [each for _, ids in batches for each in ids if each in ours]
         following = EXPIRY_STEP
         try:
             expired, following = self._repository.expire()
@@ -221,7 +221,7 @@ class SimpleBatchingClient:
         metrics.in_flight.value, metrics.breaker_open.value, metrics.next_try.value = self.dispatcher.measure()
         metrics.requests_saved.value = metrics.handed_over.total - metrics.requests.total
         # What was given up became final, too, and was not handed over.
-        metrics.unreported.value = metrics.handed_over.total + metrics.given_up.total - metrics.final.total
+        metrics.unreported.value = max(0.0, metrics.handed_over.total + metrics.given_up.total - metrics.final.total)
         try:
             pending: float | None = self._repository.backlog()
             ages: Ages | None = self._repository.ages()
