@@ -36,8 +36,9 @@ takes everything else. These rules keep them from looking like an outage, and fi
    one request more.
 4. So does a batch that has `SUSPICIOUS` failures of its own. If FastSMSing takes the single message, and the rest fails
    again, the rest is *to blame*: it is halved. Halves are treated alike, only sooner, until a bad message is alone.
-   They keep the count of its tries, so nothing is tried much more often than `max_attempts`. If FastSMSing fails at
-   random, or takes only so many requests at a time, a single message fails as often as a batch: hardly any is halved.
+   They keep the count of its tries, so nothing is tried much more often than `max_attempts`. Where FastSMSing fails at
+   random, or takes only so many requests at a time, batches are taken in spite of failures of their own. Then it takes
+   more of these until one is suspicious, so that hardly any is halved; a bad message that fails alone undoes that.
 5. Riders do not share the fate of a batch that fails. They go back to the outbox, so that an outage does not turn the
    newsletter into small batches. Those that have ridden in `SUSPICIOUS` batches that failed become a batch that rule 4
    looks into, so that a bad message in the newsletter does not delay one password code after the other.
@@ -63,7 +64,7 @@ from message_model import LONGEST_TIME, Entry, SendMessage, ValidationError
 
 __all__ = ["Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
 
-SUSPICIOUS_PART = 2  # as `SUSPICIOUS`, of a part, which is more likely to hold a bad message
+SUSPICIOUS_PART = 1  # as `SUSPICIOUS`, of a part, which is more likely to hold a bad message
 FIRST_PACE = 1.0  # seconds that a request takes, until one was answered
 PACE_SHARE = 0.25  # of the last request in what a request takes lately
 
@@ -223,6 +224,7 @@ class Scheduler(Generic[B]):
         self._abandoned: list[Job[B]] = []
         self._retries_turn = False  # the next request is for a batch that was sent before, if there is one
         self._held = False  # such a batch waits for a second sender that is free
+        self._by_chance = 0.0  # the most failures of its own that a batch had which was taken nevertheless, lately
         self._pace = 0.0  # seconds from claim to claim of a sender, lately; 0: no request was answered yet
         self._looking: Look | None = None
         self._last_horizon = 0.0
@@ -345,6 +347,8 @@ class Scheduler(Generic[B]):
     def answered(self, job: Job[B], now: float) -> tuple[float, int] | None:
         """FastSMSing took or rejected it; returns for how many seconds and failed requests the breaker was open."""
         job.answered = True
+        if not job.single:
+            self._by_chance = max(self._by_chance, job.own_failures)
         return self.breaker.answered(now)
 
     def failed(self, job: Job[B], retry_after: float, now: float) -> bool:
@@ -353,8 +357,11 @@ class Scheduler(Generic[B]):
         opened = not (own and (job.found or not retry_after)) and self.breaker.failed(job, retry_after, now)
         if not job.single:
             job.own_failures += own
-            job.suspicious = own and job.own_failures >= (SUSPICIOUS_PART if job.inherited else SUSPICIOUS)
+            enough = (SUSPICIOUS_PART if job.inherited else SUSPICIOUS) + 2 * self._by_chance
+            job.suspicious = own and job.own_failures >= enough
             job.to_blame = own and job.tested
+        if own and job.found:
+            self._by_chance /= 2
         job.tried_at, job.not_before = self._under_way[job], now + self.breaker.backoff(job.attempt - job.inherited)
         return opened
 

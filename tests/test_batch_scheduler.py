@@ -445,6 +445,34 @@ def begin_and_end(scheduler: Scheduler[Batch]) -> Job[Batch]:
     return claim(scheduler, 9.0, "x")
 
 
+def test_where_batches_are_taken_in_spite_of_their_failures_it_takes_more_of_them_to_suspect_one() -> None:
+    scheduler = scheduler_of(batch_size=2, backoff_base=1.0, backoff_max=1.0)
+    save(scheduler, 0.0)
+    lucky = claim(scheduler, 0.0, "a", "b")
+    for now in range(0, 4, 2):
+        fail_of_its_own(scheduler, lucky, now)
+    assert lucky.own_failures == 1
+    succeed(scheduler, lucky, 5.0)
+
+    def suspicious_after(now: float) -> int:
+        save(scheduler, 0.0, now=now)
+        job = claim(scheduler, now, "c", "d")
+        while not job.single:
+            fail_of_its_own(scheduler, job, now)
+            now += 2
+        scheduler.ended(job, (), now)
+        return job.own_failures
+
+    assert suspicious_after(6.0) == 5
+    save(scheduler, 0.0, now=50.0)
+    bad = claim(scheduler, 50.0, "bad")
+    for now in range(50, 58, 2):
+        fail_of_its_own(scheduler, bad, now)
+    assert bad.found
+    scheduler.ended(bad, (), 58.0)
+    assert suspicious_after(60.0) == 4
+
+
 def test_a_single_message_that_fails_is_part_of_its_batch_again_which_is_sent_as_a_whole() -> None:
     scheduler = scheduler_of(batch_size=2, backoff_base=1.0, backoff_max=1.0)
     save(scheduler, 0.0)

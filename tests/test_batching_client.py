@@ -382,7 +382,7 @@ def test_no_set_of_bad_batches_stops_the_others(
 
 
 @pytest.mark.parametrize(("rate", "share", "longest"), [
-    (1, 0.05, 600.0), (1, 0.2, 3600.0), (10, 0.01, 600.0), (10, 0.05, 3600.0)])  # fmt: skip
+    (1, 0.05, 600.0), (1, 0.2, 3600.0), (10, 0.01, 600.0), (10, 0.05, 7200.0)])  # fmt: skip
 def test_bad_messages_cost_no_other_message_however_many_batches_hold_one(
     shop: MakeShop, world: World, rate: int, share: float, longest: float
 ) -> None:
