@@ -524,6 +524,18 @@ def test_one_sender_is_kept_for_batches_without_failures_of_their_own() -> None:
     begin(scheduler, 5.0, "b")
 
 
+def test_the_end_of_a_request_is_news_for_a_batch_that_waits_for_a_second_sender() -> None:
+    scheduler = scheduler_of(batch_size=1, senders=3)
+    save(scheduler, 0.0)
+    again = [Job(batch(name), own_failures=1) for name in "abc"]
+    scheduler.ended(claim(scheduler, 0.0, "x"), again, 1.0)
+    first = begin(scheduler, 1.0, "a")
+    begin(scheduler, 1.0, "b")
+    assert scheduler.next(1.0) == math.inf
+    assert scheduler.ended(first, (), 2.0)
+    begin(scheduler, 2.0, "c")
+
+
 def test_a_bad_message_that_was_found_opens_the_breaker_no_more_and_goes_last() -> None:
     scheduler = scheduler_of(batch_size=1, backoff_base=1.0, backoff_max=1.0)
     save(scheduler, 0.0)
