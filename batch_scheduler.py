@@ -34,14 +34,16 @@ takes everything else. These rules keep them from looking like an outage, and fi
 3. After `SUSPICIOUS` probes have failed, every other one carries a single message of its batch. That is as good to find
    out whether FastSMSing is back, also if most batches hold a bad message. The rest follows at once, so an outage costs
    one request more.
-4. So does a batch that has `SUSPICIOUS` failures of its own. If FastSMSing takes the single message, and the rest fails
-   again, the rest is *to blame*: it is halved. Halves are treated alike, only sooner, until a bad message is alone.
-   They keep the count of its tries, so nothing is tried much more often than `max_attempts`. Where FastSMSing fails at
-   random, or takes only so many requests at a time, batches are taken in spite of failures of their own. Then it takes
-   more of these until one is suspicious, so that hardly any is halved; a bad message that fails alone undoes that.
+4. So does a batch that has `SUSPICIOUS` failures of its own. If FastSMSing takes `TAKEN_ALONE` of them, one after
+   the other, and the rest fails each time, the rest is *to blame*: it is halved. Halves are treated alike, only sooner,
+   until a bad message is alone. They keep the count of its tries, so nothing is tried much more often than
+   `max_attempts`. Where FastSMSing fails at random, or takes only so many requests at a time, batches are taken in
+   spite of failures of their own. Then all of this takes longer, so that hardly any batch is halved; a bad message that
+   fails alone undoes that.
 5. Riders do not share the fate of a batch that fails. They go back to the outbox, so that an outage does not turn the
    newsletter into small batches. Those that have ridden in `SUSPICIOUS` batches that failed become a batch that rule 4
-   looks into, so that a bad message in the newsletter does not delay one password code after the other.
+   looks into, so that a bad message in the newsletter does not delay one password code after the other. If all its
+   tries fail in an outage, its messages go back after all.
 
 **Why no message is lost.** A message is in the outbox from its acceptance until FastSMSing took it, or an update
 says what became of it. What the scheduler knows of the outbox is only when it is worth looking: `Outlook`. It may be
@@ -64,6 +66,7 @@ from message_model import LONGEST_TIME, Entry, SendMessage, ValidationError
 
 __all__ = ["Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
 
+TAKEN_ALONE = 2  # single messages that FastSMSing took while the rest failed, after which the rest is to blame
 SUSPICIOUS_PART = 1  # as `SUSPICIOUS`, of a part, which is more likely to hold a bad message
 FIRST_PACE = 1.0  # seconds that a request takes, until one was answered
 PACE_SHARE = 0.25  # of the last request in what a request takes lately
@@ -137,10 +140,11 @@ class Job(Generic[B]):
     attempt: int = 0
     inherited: int = 0  # of these tries, those of the batch that it is a part of
     own_failures: int = 0
+    riders: bool = False  # they were in several batches that failed, and are looked into
     fresh: bool = False  # it comes from the outbox, and no request carried it
     suspicious: bool = False  # its next request carries a single message
     singles: int = 0  # such requests so far
-    tested: bool = False  # FastSMSing took the single message; this is the rest
+    taken_alone: int = 0  # single messages of it that FastSMSing took; this is the rest
     to_blame: bool = False
     not_before: float = -math.inf  # of the next request: the end of the batch's own backoff
     tried_at: float = math.inf  # when its last request that failed began
@@ -161,7 +165,7 @@ class Job(Generic[B]):
 
     def part(self, batch: B) -> Job[B]:
         """A part of it, which may hold a message that is to blame."""
-        return Job(batch, self.attempt, self.attempt, tried_at=self.tried_at)
+        return Job(batch, self.attempt, self.attempt, riders=self.riders, tried_at=self.tried_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,15 +278,16 @@ class Scheduler(Generic[B]):
 
     @property
     def _spare(self) -> bool:
-        """Whether a sender is left when another job has begun; a single one does everything."""
-        return self._config.senders == 1 or len(self._under_way) + 1 < self._config.senders
+        """Whether a sender is left for others when another batch with failures of its own has begun; a single sender
+        does everything."""
+        return sum(job.own_failures > 0 for job in self._under_way) < max(1, self._config.senders - 1)
 
     def _begin(self, job: Job[B], now: float) -> Job[B]:
         self._ready.remove(job)
         self._under_way[job] = now
         self._retries_turn, job.fresh = job.fresh, False
         self.breaker.begin(job, now)
-        suspicious = job.suspicious or self.breaker.suspicious
+        suspicious = job.suspicious or (self.breaker.suspicious and not job.single)
         job.single, job.suspicious, job.rest = suspicious and len(job.batch) > 1, False, None
         return job
 
@@ -359,16 +364,18 @@ class Scheduler(Generic[B]):
             job.own_failures += own
             enough = (SUSPICIOUS_PART if job.inherited else SUSPICIOUS) + 2 * self._by_chance
             job.suspicious = own and job.own_failures >= enough
-            job.to_blame = own and job.tested
+            job.to_blame = own and job.taken_alone >= TAKEN_ALONE + self._by_chance
         if own and job.found:
             self._by_chance /= 2
-        job.tried_at, job.not_before = self._under_way[job], now + self.breaker.backoff(job.attempt - job.inherited)
+        wait = self.breaker.backoff(job.attempt - job.inherited)
+        if own and job.found:  # nobody else waits for what FastSMSing asks for
+            wait = max(wait, retry_after)
+        job.tried_at, job.not_before = self._under_way[job], now + wait
         return opened
 
     def set_aside(self, job: Job[B], rest: B) -> None:
         """The request of the job carries a part of its batch; this is the rest, which waits for it as for a probe."""
         job.rest = job.part(rest)
-        job.rest.tested = True
         job.rest.not_before = self._under_way[job] + PROBE_PATIENCE
         self._wait(job.rest)
 
@@ -378,7 +385,8 @@ class Scheduler(Generic[B]):
         if rest is None or rest not in self._ready:
             return None
         self._ready.remove(rest)
-        rest.not_before = -math.inf
+        rest.not_before, rest.own_failures = -math.inf, job.own_failures
+        rest.taken_alone = job.taken_alone + job.answered
         return rest
 
     def ended(self, job: Job[B], again: Sequence[Job[B]], now: float) -> bool:

@@ -98,7 +98,7 @@ class Sender:
     def begin(self, job: Job[Batch]) -> None:
         """The request starts."""
         job.attempt, job.started_at = job.attempt + 1, self._clock()
-        if job.single:
+        if job.single and len(job.batch) > 1:
             one = job.batch.entries[job.singles % len(job.batch)]  # each time another one, since it may be the bad one
             job.singles += 1
             self._dispatcher.set_aside(job, job.batch.only(lambda entry: entry is not one))
@@ -193,8 +193,11 @@ class Sender:
         if rest := self._dispatcher.take_back(job):
             entries = sorted((*job.batch.entries, *rest.batch.entries), key=lambda entry: entry.due)
             job.batch = replace(job.batch, entries=tuple(entries))
-        suspects = self._release_riders(job, opened)
-        if self._config.max_attempts is None or job.attempt < self._config.max_attempts:
+        last = self._config.max_attempts is not None and job.attempt >= self._config.max_attempts
+        suspects = self._release_riders(job, opened, last)
+        if not job.batch.entries:
+            return suspects
+        if not last:
             if job.to_blame and len(job.batch) > 1:
                 self._report(job)
                 log.warning("%d messages fail while others are taken, so their halves are sent", len(job.batch))
@@ -206,14 +209,16 @@ class Sender:
             self._report(job)
         return suspects
 
-    def _release_riders(self, job: Job[Batch], opened: bool) -> list[Job[Batch]]:
+    def _release_riders(self, job: Job[Batch], opened: bool, last: bool) -> list[Job[Batch]]:
         """Puts what is not due back into the outbox, but for what did not do well there: that becomes a job of its own,
-        which is returned. A batch of which nothing is due left as a full one: it stays."""
+        which is returned. A batch of which nothing is due left as a full one, or is such a job: it stays, unless all
+        its tries were in an outage."""
         now = self._clock()
-        if job.batch.entries[0].due > now or job.batch.entries[-1].due <= now:
+        back_again = last and job.riders and not job.own_failures
+        if job.batch.entries[-1].due <= now or (job.batch.entries[0].due > now and not back_again):
             return []
         riders = job.batch.only(lambda entry: entry.due > now)
-        suspects = self._suspects(riders, opened)
+        suspects = set() if back_again else self._suspects(riders, opened)
         back = riders.only(lambda entry: entry.message.message_id not in suspects)
         try:
             self._repository.release(back)
@@ -222,7 +227,11 @@ class Sender:
             return []
         job.batch = job.batch.only(lambda entry: entry.due <= now)
         self._dispatcher.waits([entry.due - now for entry in back.entries])
-        return [job.part(riders.only(lambda entry: entry.message.message_id in suspects))] if suspects else []
+        if not suspects:
+            return []
+        part = job.part(riders.only(lambda entry: entry.message.message_id in suspects))
+        part.riders = True
+        return [part]
 
     def _suspects(self, riders: Batch, opened: bool) -> set[str]:
         with self._lock:

@@ -22,6 +22,7 @@ from message_model import (
     ClientResult,
     ClosedError,
     Entry,
+    MessageStatus,
     OverloadedError,
     Reason,
     RepositoryUnavailableError,
@@ -279,6 +280,8 @@ class SimpleBatchingClient:
         for thread in self._threads[:1]:
             thread.join(ending.left)  # the dispatcher: what it has just claimed counts
         left = self.dispatcher.left()
+        if not self._repository.durable:  # what was reported on while it waited is handed over
+            left = [each for each in left if self._repository.get(each) is MessageStatus.ACCEPTED]
         for start in range(0, len(left), IDS_IN_A_LINE):
             log.error("stopped before these messages were handed over: %s", named(left[start : start + IDS_IN_A_LINE]))
         try:

@@ -42,8 +42,8 @@ class CircuitBreaker:
 
     @property
     def suspicious(self) -> bool:
-        """Whether the next probe is to carry one message: so does every other one after the first few."""
-        return self.open and self._probes >= SUSPICIOUS and (self._probes - SUSPICIOUS) % 2 == 0
+        """Whether so many probes have failed that it may be for the messages in them."""
+        return self.open and self._probes >= SUSPICIOUS
 
     def wait(self, now: float) -> float:
         """Seconds until a request may start, 0 for now, unless the end of the probe comes before."""

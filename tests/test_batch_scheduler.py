@@ -419,30 +419,36 @@ def fail_of_its_own(scheduler: Scheduler[Batch], job: Job[Batch], now: float) ->
     assert begin(scheduler, now + 2.0, *job.batch.ids) is job
 
 
-def test_a_batch_with_several_failures_of_its_own_sends_a_single_message_and_is_to_blame_if_that_is_taken() -> None:
-    scheduler = scheduler_of(batch_size=3, backoff_base=1.0, backoff_max=1.0)
+def test_a_batch_with_several_failures_of_its_own_sends_single_messages_and_is_to_blame_if_these_are_taken() -> None:
+    scheduler = scheduler_of(batch_size=4, backoff_base=1.0, backoff_max=1.0)
     save(scheduler, 0.0)
-    job, singles = claim(scheduler, 0.0, "a", "b", "c"), []
+    job, singles = claim(scheduler, 0.0, *"abcd"), []
     for now in range(0, 8, 2):
         fail_of_its_own(scheduler, job, now)
         singles.append(job.single)
     assert singles == [False, False, False, True]
-    job.batch = batch("a")
-    scheduler.set_aside(job, batch("b", "c"))
-    assert scheduler.next(8.0) == 60.0  # the rest waits for it, but not for ever
-    succeed(scheduler, job, 9.0)
+    rest = take_single(scheduler, job, 8.0)
+    assert rest is begin(scheduler, 9.0, *"bcd")
+    fail_of_its_own(scheduler, rest, 10.0)
+    assert not rest.to_blame  # it may have been chance
+    assert rest.single
+    last = take_single(scheduler, rest, 12.0)
+    assert last is begin(scheduler, 13.0, *"cd")
+    fail(scheduler, last, 14.0)
+    assert last.to_blame
+
+
+def take_single(scheduler: Scheduler[Batch], job: Job[Batch], now: float) -> Job[Batch]:
+    """The job's request carries its first message, which is taken; returns the rest."""
+    first, *others = job.batch.ids
+    job.batch = batch(first)
+    scheduler.set_aside(job, batch(*others))
+    assert scheduler.next(now) == PROBE_PATIENCE  # the rest waits for it, but not for ever
+    scheduler.answered(job, now + 1.0)
     rest = scheduler.take_back(job)
     assert rest is not None
-    scheduler.ended(begin_and_end(scheduler), [rest], 9.0)
-    assert begin(scheduler, 9.0, "b", "c") is rest
-    scheduler.breaker.answered(9.5)
-    fail(scheduler, rest, 10.0)
-    assert rest.to_blame
-
-
-def begin_and_end(scheduler: Scheduler[Batch]) -> Job[Batch]:
-    save(scheduler, 0.0, now=9.0)
-    return claim(scheduler, 9.0, "x")
+    scheduler.ended(job, [rest], now + 1.0)
+    return rest
 
 
 def test_where_batches_are_taken_in_spite_of_their_failures_it_takes_more_of_them_to_suspect_one() -> None:

@@ -382,7 +382,7 @@ def test_no_set_of_bad_batches_stops_the_others(
 
 
 @pytest.mark.parametrize(("rate", "share", "longest"), [
-    (1, 0.05, 600.0), (1, 0.2, 3600.0), (10, 0.01, 600.0), (10, 0.05, 7200.0)])  # fmt: skip
+    (1, 0.05, 600.0), (1, 0.1, 3600.0), (10, 0.01, 600.0), (10, 0.02, 3600.0)])  # fmt: skip
 def test_bad_messages_cost_no_other_message_however_many_batches_hold_one(
     shop: MakeShop, world: World, rate: int, share: float, longest: float
 ) -> None:
@@ -446,6 +446,69 @@ def test_a_provider_that_takes_one_request_a_second_does_not_make_small_batches(
     world.wait(3_600.0)
     assert it.delivered_once()
     assert len(it.requests) < 500
+
+
+@pytest.mark.parametrize("every", [5.0, 20.0, 60.0])
+def test_a_provider_that_takes_one_request_now_and_then_costs_no_message(
+    shop: MakeShop, world: World, every: float
+) -> None:
+    taken: list[float] = []
+
+    def judge(request: Request) -> None:
+        if taken and request.start < taken[-1] + every:
+            raise FastSmsingError(503)
+        taken.append(request.start)
+
+    it = shop(judge, latency=0.3)
+    it.post(1_000, max_delay=0.0)
+    world.wait(24 * 3600.0)
+    assert it.delivered_once()
+    assert len(it.requests) < 500
+
+
+def test_while_all_senders_are_busy_the_companions_of_a_bad_message_are_found_nevertheless(
+    shop: MakeShop, world: World
+) -> None:
+    it = shop(hopeless, latency=3.2)
+    company = [*it.post(5, max_delay=0.0), *it.post(1, "bad", max_delay=0.0)[:0], *it.post(5, max_delay=0.0)]
+    for _ in range(300):
+        it.post(max_delay=0.0)
+        world.wait(1.0)
+    assert set(company) <= set(it.taken)
+
+
+@pytest.mark.parametrize("senders", [1, 4])
+@pytest.mark.parametrize(("contents", "size"), [("bbbg", 2), ("bbbbbbgg", 4)])
+def test_in_batches_of_bad_messages_a_good_one_gets_its_turn(
+    shop: MakeShop, world: World, contents: str, size: int, senders: int
+) -> None:
+    it = shop(hopeless, latency=0.3, batch_size=size, senders=senders, max_delay=0.0)
+    for content in contents:
+        it.post(1, "bad" if content == "b" else "Hi")
+    world.wait(1_200.0)
+    assert len(it.taken) == contents.count("g")
+
+
+def test_an_outage_takes_no_try_away_from_what_is_due_tomorrow(shop: MakeShop, world: World) -> None:
+    def judge(request: Request) -> None:
+        if request.start > 9.0 or 0.9 < request.start % 3.0 < 1.2:
+            raise FastSmsingError(503)
+
+    it = shop(judge, latency=0.1, max_attempts=5)
+    newsletter = it.post(50, max_delay=86_400.0)
+    for _ in range(4):
+        it.post(max_delay=1.0)
+        world.wait(3.0)
+    world.wait(3_600.0)
+    assert not it.failed & set(newsletter)
+
+
+def test_a_message_that_was_reported_on_while_it_waited_for_a_retry_is_not_left(shop: MakeShop, world: World) -> None:
+    it = shop(away(0.0, 1e9), max_delay=0.0)
+    it.post(2)
+    world.wait(1.0)
+    it.repository.update_all({"m0": MessageStatus.DELIVERED})
+    assert it.stop(0.0) == 1
 
 
 def test_one_patient_bad_message_delays_no_code_for_long_and_costs_none_a_second_request(
