@@ -181,6 +181,8 @@ class SimpleBatchingClient:
             expired, following = self._repository.expire()
         except RepositoryUnavailableError as error:
             self._expiry.failed(error)
+        except Exception as error:  # whatever it is, what was taken out of batches is to be recorded
+            self._expiry.failed(location(error))
         else:
             self._expiry.ended()
             if expired:

@@ -181,8 +181,10 @@ class GroupCommit:
             results = [job.change(job.items) for job in jobs]
             if commit:
                 self._transactions.commit()
-        except BaseException:
+        except BaseException as error:
             self._transactions.rollback()
+            if isinstance(error, sqlite3.OperationalError) and "Could not decode" in str(error):
+                raise sqlite3.DatabaseError("a text is no UTF-8") from None  # one row's damage, which it would quote
             raise
         if not commit:
             self._transactions.rollback()

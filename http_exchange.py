@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from http_protocol import METHODS, NO_HEADERS, HttpError, Limits, Request, State, response_head
-from incident_log import Incident
+from incident_log import Incidents
 from response_counts import ResponseCounts
 
 __all__ = ["Application", "Carrier", "Exchange", "Front", "Handler", "Holder", "Server"]
@@ -67,7 +67,7 @@ class Server(Front, Protocol):
     application: Application
     date: bytes  # the header of this second, and the end of a head
     logs_responses: bool  # the log takes debug messages
-    failures: Incident  # requests whose responses are 500, which are our faults
+    failures: Incidents  # requests whose responses are 500, which are our faults
     large_bodies: Counter[str]  # by route: bytes, together, of the large bodies that have no response yet
 
 

@@ -30,7 +30,7 @@ from typing import Any
 from http_connection import Connection
 from http_exchange import Application, Front
 from http_protocol import CLOSED, NEVER, Limits, State, parse_headers, timeouts
-from incident_log import Incident
+from incident_log import Incidents
 from response_counts import ResponseCounts
 
 __all__ = ["FrontServer"]
@@ -186,7 +186,7 @@ class FrontServer(HTTPServer):
         self.timeouts: Mapping[State, float] = timeouts(limits)
         self.parse_headers = parse_headers(limits, HEADERS_KEPT)
         self.stopping = False
-        self.counts, self.failures = ResponseCounts(), Incident(log, "requests fail", clock=clock)
+        self.counts, self.failures = ResponseCounts(), Incidents(log, "requests fail", clock=clock)
         self.now, self.soonest, self.idle_deadline = clock(), NEVER, NEVER
         self.logs_responses = False
         self.large_bodies = Counter[str]()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from message_ids import all_ours, is_ours
 
-__all__ = ["Incident", "counted", "describe", "location", "named"]
+__all__ = ["Incident", "Incidents", "counted", "describe", "location", "named"]
 
 IDS_IN_A_LINE = 100  # a line with more is cut by what collects logs (Docker: 16 KiB)
 
@@ -35,8 +36,9 @@ def describe(error: BaseException) -> str:
 
 def location(error: BaseException) -> str:
     """An unexpected error's type and place; its text could hold a phone number."""
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {os.path.basename(at.filename)}:{at.lineno}"
+    name = type(error).__name__
+    places = traceback.extract_tb(error.__traceback__)[-1:]  # none if it was never raised
+    return " ".join([name, *(f"at {os.path.basename(at.filename)}:{at.lineno}" for at in places)])
 
 
 def counted(number: float, noun: str) -> str:
@@ -89,3 +91,19 @@ class Incident:
             seconds = self._clock() - self._began
         if count:
             self._log.warning("%s: over after %.1f s and %s", self._what, seconds, counted(count, "error"))
+
+
+class Incidents:
+    """Errors of any kind: those that are raised at one place are one incident, which never ends. Thread-safe."""
+
+    def __init__(self, logger: logging.Logger, what: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._make = functools.partial(Incident, logger, what, clock=clock)
+        self._lock = threading.Lock()
+        self._by_place: dict[str, Incident] = {}  # as many as there are places in the code
+
+    def failed(self, said: object, error: BaseException) -> None:
+        """Counts an error, and logs it with its traceback when it is time."""
+        place = location(error)
+        with self._lock:
+            incident = self._by_place.setdefault(place, self._make())
+        incident.failed(said, error)

@@ -22,6 +22,7 @@ import sys
 import threading
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from base_repository import Claim, look
 from message_model import Batch
@@ -31,6 +32,7 @@ __all__ = ["Key", "OutboxClaims"]
 Key = tuple[float, float]  # when a message is due, in seconds since 1970, and its place: the order of the outbox
 
 START, END = (-math.inf, 0.0), (math.inf, math.inf)  # before and after every key
+AGAIN = 0.1  # seconds until the next look, while a transaction has messages which may be undone
 LONGEST_FRONT = 10_000  # keys; one takes 120 bytes
 KEYS = "SELECT due, place FROM outbox"
 DUE = "SELECT due FROM outbox WHERE place = ?"
@@ -47,6 +49,7 @@ class OutboxClaims:
         self._cursor: Key = START
         self._front: list[Key] = []
         self._claimed: dict[float, float] = {}  # when it is due, by place
+        self._reserved: set[float] = set()  # those of the claimed that a transaction has, which may be undone
         self._backlog, self._published = backlog, last
 
     @property
@@ -61,6 +64,7 @@ class OutboxClaims:
                 self._published = int(saved[-1][1])
                 self._add(saved)
             self._backlog += len(saved) - leaving
+            self._reserved.difference_update(left)
             gone = {place for place in left if self._claimed.pop(place, None) is None}
             if gone and self._front:
                 self._front = [key for key in self._front if key[1] not in gone]
@@ -74,6 +78,9 @@ class OutboxClaims:
             keys = self._front[:size]
             waits = look([due for due, _ in keys], now, size, horizon, self._waiting(), flush)
             if waits is not None:
+                if self._reserved:  # nobody tells when they wait again: look again
+                    due_in = max(AGAIN, min(self._claimed[place] for place in self._reserved) - now)
+                    waits = replace(waits, waiting=self._backlog, due_in=min(waits.due_in, due_in))
                 return [], waits
             del self._front[:size]
             self._claimed.update((place, due) for due, place in keys)
@@ -89,6 +96,7 @@ class OutboxClaims:
             if place in self._claimed or place > self._published:
                 return False
             self._claimed[place] = due
+            self._reserved.add(place)
             index = bisect_left(self._front, key)
             if index < len(self._front) and self._front[index] == key:
                 del self._front[index]
@@ -97,6 +105,8 @@ class OutboxClaims:
     def release(self, places: Iterable[int]) -> None:
         """Those of the messages that are claimed wait again."""
         with self._lock:
+            places = list(places)
+            self._reserved.difference_update(places)
             self._add([(self._claimed.pop(place), place) for place in places if place in self._claimed])
 
     def claimed(self, places: Iterable[int]) -> set[int]:

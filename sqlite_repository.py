@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from base_repository import RETENTION, Ages, Cancelled, Claim, Repository
+from base_repository import EXPIRE_STEP, RETENTION, Ages, Cancelled, Claim, Repository
 from group_commit import GroupCommit
 from incident_log import Incident, counted
 from message_model import (
@@ -60,6 +60,7 @@ class SqliteRepository(Repository):
             undo.pop_all()
         self._retention = retention
         self._claims = self._tables.claims
+        self._passed_over = set[int]()  # places of what is damaged, and so cannot expire
         incident = Incident(log, f"{self._file.path} cannot be written")
         self._commits = GroupCommit(self._tables, incident, self._file.damaged)
         self._forget_at = self._cut_at = -math.inf  # by our clock: neither is worth trying before
@@ -137,9 +138,12 @@ class SqliteRepository(Repository):
         """See `Repository`. Writes only if something is past its expiry."""
         now = self._clock.now()
         with self._file.reader() as db:
-            places, following = expired_at(db, self._claims, now)
+            places, following = expired_at(db, self._claims, now, self._passed_over)
         results = self._commits.change(self._tables.expire, places)
         ids = [each for each in results if isinstance(each, str)]
+        if len(places) == EXPIRE_STEP:  # others may be behind them
+            failed = zip(places, results, strict=True)
+            self._passed_over.update(place for place, each in failed if isinstance(each, Exception))
         for error in results:
             if isinstance(error, Exception) and not ids:
                 raise error

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -300,14 +300,17 @@ def entries_at(db: sqlite3.Connection, keys: Iterable[Key], clock: EpochClock) -
     return [_entry(rows[place], clock) for _, place in keys if place in rows]
 
 
-def expired_at(db: sqlite3.Connection, claims: OutboxClaims, now: float) -> tuple[list[int], float]:
-    """Where the first messages are that wait and have expired, and when the next one does. Reads an index alone."""
+def expired_at(
+    db: sqlite3.Connection, claims: OutboxClaims, now: float, damaged: Container[int]
+) -> tuple[list[int], float]:
+    """Where the first messages are that wait and have expired, and when the next one does; those that are damaged are
+    passed over. Reads an index alone."""
     places = list[int]()
     with contextlib.closing(db.execute(EXPIRING)) as found:
         for expires_at, place in found:
             if expires_at > now or len(places) == EXPIRE_STEP:
                 return places, expires_at
-            if not claims.claimed([place]):
+            if place not in damaged and not claims.claimed([place]):
                 places.append(place)
     return places, math.inf
 

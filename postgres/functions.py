@@ -149,22 +149,25 @@ CREATE FUNCTION smsproxy.take_over(me uuid, lease float8, OUT taken bigint) LANG
 DECLARE
     moment timestamptz := clock_timestamp();
     old bigint;
+    locked bigint;
 BEGIN
     IF NOT EXISTS (SELECT FROM smsproxy.batch b WHERE b.lease_until < moment)
         OR (SELECT p.resumed_at FROM smsproxy.pulse p) >= moment - lease * interval '1 s' THEN
         RETURN;
     END IF;
     LOOP
-        DELETE FROM smsproxy.batch b
-        WHERE b.id = (SELECT e.id FROM smsproxy.batch e WHERE e.lease_until < moment
-                      ORDER BY e.id LIMIT 1 FOR UPDATE SKIP LOCKED)
-        RETURNING b.id INTO old;
+        old := (SELECT e.id FROM smsproxy.batch e WHERE e.lease_until < moment ORDER BY e.id LIMIT 1
+                FOR UPDATE SKIP LOCKED);
         EXIT WHEN old IS NULL;
-        CONTINUE WHEN NOT EXISTS (SELECT FROM smsproxy.outbox o WHERE o.batch = old);  -- all have left
+        -- Whoever has a message may wait for the pulse, which this transaction may have: the next look does it.
+        PERFORM FROM smsproxy.message m WHERE m.id = ANY (ARRAY(SELECT o.id FROM smsproxy.outbox o WHERE o.batch = old))
+            FOR UPDATE SKIP LOCKED;
+        GET DIAGNOSTICS locked = ROW_COUNT;
+        EXIT WHEN locked < (SELECT count(*) FROM smsproxy.outbox o WHERE o.batch = old);
+        DELETE FROM smsproxy.batch b WHERE b.id = old;
+        CONTINUE WHEN locked = 0;  -- all have left
         INSERT INTO smsproxy.batch AS b (owner, lease_until)
         VALUES (me, clock_timestamp() + lease * interval '1 s') RETURNING b.id INTO taken;
-        PERFORM FROM smsproxy.message m WHERE m.id = ANY (ARRAY(SELECT o.id FROM smsproxy.outbox o WHERE o.batch = old))
-            ORDER BY m.id FOR UPDATE;  -- or whoever records a hand-over could wait for this, and this for him
         UPDATE smsproxy.outbox o SET batch = taken WHERE o.batch = old;
         RETURN;
     END LOOP;

@@ -41,7 +41,9 @@ ENDED = """
 UPDATE = f"""
 WITH found AS MATERIALIZED (
     SELECT m.id, m.status AS before, g.status, g.reason,
-        {TRANSITION} AND (g.reason IS NULL OR m.changed_at IS NULL) AS allowed
+        {TRANSITION} AND (g.reason IS NULL OR m.changed_at IS NULL)
+        -- One that was accepted anew while this waited for its lock: the report is on the one before.
+        AND (m.changed_at IS NOT NULL OR EXISTS (SELECT FROM smsproxy.outbox o WHERE o.id = m.id)) AS allowed
     FROM unnest(%(ids)s::text[], %(statuses)s::text[], %(reasons)s::text[]) AS g(id, status, reason)
     JOIN smsproxy.message m ON m.id = g.id COLLATE "C"
     WHERE (m.changed_at > clock_timestamp() - %(retention)s::float8 * interval '1 s') IS NOT FALSE

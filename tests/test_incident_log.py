@@ -9,7 +9,7 @@ import pytest
 
 from fastsmsing import FastSmsingError
 from helpers import Clock
-from incident_log import Incident, counted, describe, named
+from incident_log import Incident, Incidents, counted, describe, named
 
 NUMBER = "48123456789"
 OURS = "01a21087-c443-7ce3-b466-{:012x}"
@@ -97,3 +97,18 @@ def test_at_most_100_ids_are_named_and_only_our_own(ids: list[Any], expected: st
     (0, "0 messages"), (1, "1 message"), (1.0, "1 message"), (2, "2 messages")])  # fmt: skip
 def test_a_noun_has_its_plural(number: float, expected: str) -> None:
     assert counted(number, "message") == expected
+
+
+def raised(kind: type[Exception]) -> Exception:
+    try:
+        raise kind(NUMBER)
+    except Exception as error:
+        return error
+
+
+def test_errors_of_different_places_are_different_incidents(caplog: pytest.LogCaptureFixture) -> None:
+    incidents = Incidents(logging.getLogger("test"), "requests fail", clock=lambda: 0.0)
+    for kind in (KeyError, KeyError, ZeroDivisionError, ZeroDivisionError):
+        incidents.failed(f"GET /{kind.__name__}", raised(kind))
+    incidents.failed("GET /", OSError())  # which was never raised
+    assert caplog.messages == [f"requests fail: GET /{name}" for name in ("KeyError", "ZeroDivisionError", "")]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sqlite_claims import Key, OutboxClaims
+from sqlite_claims import AGAIN, Key, OutboxClaims
 
 INFINITY = math.inf
 
@@ -68,6 +68,20 @@ def test_a_claim_costs_the_same_whatever_waits_and_is_claimed(
         expected = list(range(claimed + 101, claimed + 200)) if waiting else []
         assert take(db, claims, 100) == [claimed + waiting + 1, *expected]
     assert len(made) < 300
+
+
+def test_while_a_transaction_has_a_message_it_is_looked_for_since_the_transaction_may_be_undone(
+    db: sqlite3.Connection,
+) -> None:
+    claims = OutboxClaims(0, 0)
+    commit(db, claims, [(60.0, 1)])
+    assert claims.reserve((60.0, 1))
+    due = [claims.take(db, 10, now, 0.0, flush=False)[1] for now in (0.0, 59.0, 70.0)]
+    assert [(each.waiting, each.due_in) for each in due] == [(1, 60.0), (1, 1.0), (1, AGAIN)]
+    claims.release([1])
+    assert claims.take(db, 10, 70.0, 0.0, flush=False)[0] == [(60.0, 1)]
+    claims.publish([], [1], 1)
+    assert claims.take(db, 10, 70.0, 0.0, flush=False)[1].due_in == INFINITY
 
 
 def test_memory_holds_no_more_keys_than_it_may(db: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -838,6 +838,23 @@ def test_what_cannot_be_read_from_the_outbox_keeps_little_else_from_expiring(pat
             repository.expire()
 
 
+def test_more_damaged_messages_than_expire_at_a_time_keep_no_others_from_expiring(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("sqlite_repository", "sqlite_tables"):
+        monkeypatch.setattr(f"{module}.EXPIRE_STEP", 10)
+    with opened(path, clock=clock) as repository:
+        repository.save_all([entry(number, max_age=50.0) for number in range(300)])
+    assert len(spoil_outbox(path, 10, "a page")) > 20
+    with opened(path, clock=clock) as repository:
+        clock.advance(100.0)
+        expired = 0
+        for _ in range(40):
+            with contextlib.suppress(RepositoryUnavailableError):
+                expired += len(repository.expire()[0])
+    assert expired > 200
+
+
 def test_a_disk_that_cannot_be_read_for_a_moment_costs_no_message(path: Path, repository: SqliteRepository) -> None:
     repository.save_all(entries(range(3)))
     failing = mock.patch("sqlite_repository.entries_at", side_effect=sqlite3.OperationalError("disk I/O error"))
@@ -853,6 +870,19 @@ def test_a_row_that_makes_no_sense_costs_only_itself(path: Path, repository: Sql
     updates = {name(0): CONFIRMED, name(1): CONFIRMED, name(2): DELIVERED}
     assert list(repository.update_all(updates)) == [name(1)]
     assert (repository.get(name(0)), repository.get(name(2))) == (CONFIRMED, DELIVERED)
+
+
+def test_a_text_that_is_no_utf8_costs_only_its_message_and_is_not_quoted(
+    path: Path, repository: SqliteRepository, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository.save_all(entries(range(3)))
+    run(path, f"UPDATE message SET status = CAST(x'C1{b'CCEPTED'.hex()}' AS TEXT) WHERE id = '{name(1)}'")
+    updates = {name(0): CONFIRMED, name(1): CONFIRMED, name(2): DELIVERED}
+    assert list(repository.update_all(updates)) == [name(1)]
+    assert (repository.get(name(0)), repository.get(name(2))) == (CONFIRMED, DELIVERED)
+    with pytest.raises(RepositoryUnavailableError, match="damaged"):
+        repository.check()
+    assert "CCEPTED" not in caplog.text
 
 
 def test_a_row_that_somebody_deleted_stops_nothing(path: Path, repository: SqliteRepository) -> None:

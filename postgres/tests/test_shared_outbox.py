@@ -357,6 +357,42 @@ def test_a_batch_of_which_another_instance_reported_all_is_not_lost(make: Make) 
     assert (left.ids, one.holds(left)) == ([], True)
 
 
+def test_a_report_that_waits_for_a_lock_is_not_applied_to_what_is_accepted_anew_meanwhile(
+    cluster: Cluster, url: str, make: Make
+) -> None:
+    repository = make()
+    repository.save_all([entry("a", linger=HOUR), entry("b")])
+    repository.handed_over(claim(repository))
+    with psycopg.connect(url) as db, ThreadPoolExecutor(1) as pool:
+        db.execute("SELECT FROM smsproxy.message WHERE id = 'a' FOR UPDATE")
+        report = pool.submit(repository.update_all, dict.fromkeys("ab", MessageStatus.DELIVERED))
+        waits = "SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"
+        until(lambda: cluster.sql(url, waits)[0][0], "the report that waits")
+        cluster.sql(url, "UPDATE smsproxy.message SET changed_at = '2020-01-01' WHERE id = 'b'")
+        assert make().save_all([entry("b")]) == [None]
+        db.commit()
+        assert list(report.result(HANG)) == ["b"]
+    assert repository.get("b") is MessageStatus.ACCEPTED
+    batch = claim(repository)
+    assert repository.unsent(batch).ids == ["b"]
+    repository.handed_over(batch)
+    assert cluster.sql(url, "SELECT count(*) FROM smsproxy.outbox")[0][0] == 0
+
+
+def test_a_batch_is_not_taken_over_while_somebody_has_one_of_its_messages(
+    cluster: Cluster, url: str, make: Make
+) -> None:
+    """He may wait for the pulse, which whoever takes over may have."""
+    one, other = make(), make()
+    ids = fill(one, 2)
+    claim(one)
+    let_pass(cluster, url, LEASE + 1)
+    with psycopg.connect(url) as db:
+        db.execute("SELECT FROM smsproxy.message WHERE id = %s FOR UPDATE", ids[:1])
+        assert other.claim(100, 0.0).batch is None
+    assert claim(other).ids == ids
+
+
 def test_while_the_database_is_away_what_is_known_here_counts(cluster: Cluster, passage: Passage, make: Make) -> None:
     repository = make(cluster.url("test", passage.port))
     repository._leases.clock = clock = Clock()
