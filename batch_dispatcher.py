@@ -207,13 +207,12 @@ class Dispatcher(Generic[B]):
                 for job in ready:
                     self._outbox.release(job.batch)
 
-    def left(self) -> list[str]:
-        """After `run` has ended: the IDs of what was not handed over. Of a durable outbox these are the messages in
-        requests of which nobody knows yet how they ended; the rest stays in it."""
+    def left(self) -> tuple[list[str], list[str]]:
+        """After `run` has ended: the IDs of what is in requests of which nobody knows yet how they ended, and of what
+        waits and would be lost, which is nothing in a durable outbox."""
         with self._lock:
             ready, unknown = self._scheduler.left()
-        jobs = unknown if self._outbox.durable else [*ready, *unknown]
-        left = [message_id for job in jobs for message_id in job.batch.ids]
+        waits = [] if self._outbox.durable else [message_id for job in ready for message_id in job.batch.ids]
         while not self._outbox.durable and (batch := self._outbox.claim(1_000, math.inf, flush=True).batch) is not None:
-            left += batch.ids
-        return left
+            waits += batch.ids
+        return [message_id for job in unknown for message_id in job.batch.ids], waits

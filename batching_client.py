@@ -281,9 +281,9 @@ class SimpleBatchingClient:
         ending = Deadline(GRACE) if self._repository.durable else deadline.or_in(GRACE)
         for thread in self._threads[:1]:
             thread.join(ending.left)  # the dispatcher: what it has just claimed counts
-        left = self.dispatcher.left()
-        if not self._repository.durable:  # what was reported on while it waited is handed over
-            left = [each for each in left if self._repository.get(each) is MessageStatus.ACCEPTED]
+        left, waits = self.dispatcher.left()
+        # What was reported on while it waited for a retry is handed over.
+        left += [message_id for message_id in waits if self._repository.get(message_id) is MessageStatus.ACCEPTED]
         for start in range(0, len(left), IDS_IN_A_LINE):
             log.error("stopped before these messages were handed over: %s", named(left[start : start + IDS_IN_A_LINE]))
         try:
