@@ -34,12 +34,12 @@ takes everything else. These rules keep them from looking like an outage, and fi
 3. After `SUSPICIOUS` probes have failed, every other one carries a single message of its batch. That is as good to find
    out whether FastSMSing is back, also if most batches hold a bad message. The rest follows at once, so an outage costs
    one request more.
-4. So does a batch that has `SUSPICIOUS` failures of its own. If FastSMSing takes `TAKEN_ALONE` of them, one after
-   the other, and the rest fails each time, the rest is *to blame*: it is halved. Halves are treated alike, only sooner,
-   until a bad message is alone. They keep the count of its tries, so nothing is tried much more often than
-   `max_attempts`. Where FastSMSing fails at random, or takes only so many requests at a time, batches are taken in
-   spite of failures of their own. Then all of this takes longer, so that hardly any batch is halved; a bad message that
-   fails alone undoes that.
+4. A batch with `SUSPICIOUS` failures of its own sends a single message, too. If FastSMSing takes `TAKEN_ALONE` of
+   these, one after the other, and the rest fails each time, the rest is *to blame*: it is halved. Halves are treated
+   alike, only sooner, until a bad message is alone. They keep the count of its tries, so nothing is tried much more
+   often than `max_attempts`. Where FastSMSing fails at random, or takes only so many requests at a time, batches are
+   taken in spite of failures of their own. As many more it takes then, for a while, until a batch is suspicious or to
+   blame, so that hardly any is halved; a bad message that fails alone shortens that.
 5. Riders do not share the fate of a batch that fails. They go back to the outbox, so that an outage does not turn the
    newsletter into small batches. Those that have ridden in `SUSPICIOUS` batches that failed become a batch that rule 4
    looks into, so that a bad message in the newsletter does not delay one password code after the other. If all its
@@ -67,6 +67,7 @@ from message_model import LONGEST_TIME, Entry, SendMessage, ValidationError
 __all__ = ["Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
 
 TAKEN_ALONE = 2  # single messages that FastSMSing took while the rest failed, after which the rest is to blame
+CHANCE_KEPT = 0.95  # of what is known of failures by chance, with each batch that is taken
 SUSPICIOUS_PART = 1  # as `SUSPICIOUS`, of a part, which is more likely to hold a bad message
 FIRST_PACE = 1.0  # seconds that a request takes, until one was answered
 PACE_SHARE = 0.25  # of the last request in what a request takes lately
@@ -352,8 +353,8 @@ class Scheduler(Generic[B]):
     def answered(self, job: Job[B], now: float) -> tuple[float, int] | None:
         """FastSMSing took or rejected it; returns for how many seconds and failed requests the breaker was open."""
         job.answered = True
-        if not job.single:
-            self._by_chance = max(self._by_chance, job.own_failures)
+        if job.error is None and not job.single and len(job.batch) > 1:  # a batch was taken as it was
+            self._by_chance = max(self._by_chance * CHANCE_KEPT, job.own_failures)
         return self.breaker.answered(now)
 
     def failed(self, job: Job[B], retry_after: float, now: float) -> bool:

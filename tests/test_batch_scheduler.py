@@ -470,6 +470,10 @@ def test_where_batches_are_taken_in_spite_of_their_failures_it_takes_more_of_the
         return job.own_failures
 
     assert suspicious_after(6.0) == 5
+    save(scheduler, 0.0, now=40.0)
+    alone = claim(scheduler, 40.0, "alone")
+    alone.own_failures = 50
+    succeed(scheduler, alone, 40.0)  # which tells nothing of batches
     save(scheduler, 0.0, now=50.0)
     bad = claim(scheduler, 50.0, "bad")
     for now in range(50, 58, 2):
