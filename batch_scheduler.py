@@ -57,6 +57,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any, Generic, Union
 
 from batch_outbox import ALMOST, B, Claim
@@ -64,7 +65,7 @@ from circuit_breaker import DRAIN_BACKOFF, PROBE_PATIENCE, SUSPICIOUS, CircuitBr
 from fastsmsing import Message
 from message_model import LONGEST_TIME, Entry, SendMessage, ValidationError
 
-__all__ = ["Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "horizon"]
+__all__ = ["Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "Verdict", "horizon"]
 
 TAKEN_ALONE = 2  # single messages that FastSMSing took while the rest failed, after which the rest is to blame
 CHANCE_KEPT = 0.95  # of what is known of failures by chance, with each batch that is taken
@@ -133,6 +134,14 @@ def horizon(config: SmsProxyConfig, waiting: int, pace: float) -> float:
     return config.max_delay + waiting / config.batch_size * pace / config.senders
 
 
+class Verdict(Enum):
+    """What its last failure makes of a batch."""
+
+    NONE = "none"
+    SUSPICIOUS = "suspicious"  # its next request carries a single message
+    TO_BLAME = "to blame"  # its halves are sent
+
+
 @dataclass(slots=True, eq=False)
 class Job(Generic[B]):
     """A batch and what its requests came to so far. Whoever works on it owns it; nobody else changes it meanwhile."""
@@ -143,10 +152,9 @@ class Job(Generic[B]):
     own_failures: int = 0
     riders: bool = False  # they were in several batches that failed, and are looked into
     fresh: bool = False  # it comes from the outbox, and no request carried it
-    suspicious: bool = False  # its next request carries a single message
+    verdict: Verdict = Verdict.NONE
     singles: int = 0  # such requests so far
     taken_alone: int = 0  # single messages of it that FastSMSing took; this is the rest
-    to_blame: bool = False
     not_before: float = -math.inf  # of the next request: the end of the batch's own backoff
     tried_at: float = math.inf  # when its last request that failed began
     expires_at: float = math.inf  # when the first of its messages does, while it waits
@@ -288,8 +296,8 @@ class Scheduler(Generic[B]):
         self._under_way[job] = now
         self._retries_turn, job.fresh = job.fresh, False
         self.breaker.begin(job, now)
-        suspicious = job.suspicious or (self.breaker.suspicious and not job.single)
-        job.single, job.suspicious, job.rest = suspicious and len(job.batch) > 1, False, None
+        suspicious = job.verdict is Verdict.SUSPICIOUS or (self.breaker.suspicious and not job.single)
+        job.single, job.verdict, job.rest = suspicious and len(job.batch) > 1, Verdict.NONE, None
         return job
 
     def _wait(self, job: Job[B]) -> None:
@@ -364,8 +372,10 @@ class Scheduler(Generic[B]):
         if not job.single:
             job.own_failures += own
             enough = (SUSPICIOUS_PART if job.inherited else SUSPICIOUS) + 2 * self._by_chance
-            job.suspicious = own and job.own_failures >= enough
-            job.to_blame = own and job.taken_alone >= TAKEN_ALONE + self._by_chance
+            if own and job.taken_alone >= TAKEN_ALONE + self._by_chance:
+                job.verdict = Verdict.TO_BLAME
+            elif own and job.own_failures >= enough:
+                job.verdict = Verdict.SUSPICIOUS
         if own and job.found:
             self._by_chance /= 2
         wait = self.breaker.backoff(job.attempt - job.inherited)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from base_repository import Repository
 from batch_dispatcher import Dispatcher
-from batch_scheduler import Job, SmsProxyConfig
+from batch_scheduler import Job, SmsProxyConfig, Verdict
 from circuit_breaker import SUSPICIOUS
 from fastsmsing import FastSmsingClient, RejectedError
 from incident_log import Incident, counted, describe, location, named
@@ -198,7 +198,7 @@ class Sender:
         if not job.batch.entries:
             return suspects
         if not last:
-            if job.to_blame and len(job.batch) > 1:
+            if job.verdict is Verdict.TO_BLAME and len(job.batch) > 1:
                 self._report(job)
                 log.warning("%d messages fail while others are taken, so their halves are sent", len(job.batch))
                 return [*self._halves(job), *suspects]

@@ -173,21 +173,19 @@ class SimpleBatchingClient:
         Returns the IDs of the latter, which are still to be recorded as expired, behind the delivery reports that came
         before; and seconds until it is to be called again. May block for the repository.
         """
-        batches, next_retry = self.dispatcher.expire()
-        ours = {each for batch, _ in batches for each in self.sender.ours(batch).ids}
-        retries = [each for _, ids in batches for each in ids if each in ours]
         following = EXPIRY_STEP
         try:
             expired, following = self._repository.expire()
         except RepositoryUnavailableError as error:
             self._expiry.failed(error)
-        except Exception as error:  # whatever it is, what was taken out of batches is to be recorded
-            self._expiry.failed(location(error))
         else:
             self._expiry.ended()
             if expired:
                 self._metrics.final.add(len(expired), "FAILED")
                 self.sender.count_given_up(expired, Reason.EXPIRED)
+        batches, next_retry = self.dispatcher.expire()
+        ours = {each for batch, _ in batches for each in self.sender.ours(batch).ids}
+        retries = [each for _, ids in batches for each in ids if each in ours]
         if retries:
             self.sender.count_given_up(retries, Reason.EXPIRED)
         return retries, following if following == 0.0 else max(EXPIRY_STEP, min(following, next_retry))

@@ -47,6 +47,16 @@ def hopeless(request: Request) -> None:
         raise UnicodeEncodeError("ascii", "x", 0, 1, "bad")
 
 
+def send_codes(it: Shop, count: int, *, every: float, max_delay: float, after: float = 0.0) -> list[float]:
+    """Accepts a message at a time, which is due in `max_delay` seconds; returns how late those were that were taken."""
+    due: dict[str, float] = {}
+    for _ in range(count):
+        due[it.post(max_delay=max_delay)[0]] = it.world.now + max_delay
+        it.world.wait(every)
+    it.world.wait(after)
+    return [request.start - due[each] for request in it.requests if request.ok for each in due.keys() & request.ids]
+
+
 @pytest.fixture
 def world() -> World:
     return World()
@@ -517,11 +527,7 @@ def test_one_patient_bad_message_delays_no_code_for_long_and_costs_none_a_second
     it = shop(hopeless, latency=0.3)
     bad = it.post(1, "bad", max_delay=86_400.0)
     it.post(50, max_delay=86_400.0)
-    codes: dict[str, float] = {}
-    for _ in range(720):
-        codes[it.post(max_delay=1.0)[0]] = world.now + 1.0
-        world.wait(10.0)
-    late = [request.start - codes[each] for request in it.requests if request.ok for each in codes.keys() & request.ids]
+    late = send_codes(it, 720, every=10.0, max_delay=1.0)
     assert len(late) == 720
     assert sum(each > 0.1 for each in late) < 20
     assert len(it.requests) < 720 + 150
@@ -535,12 +541,7 @@ def test_codes_do_not_wait_for_all_the_halves_of_rejected_batches(shop: MakeShop
 
     it = shop(judge, latency=0.3)
     it.post(1_000, "bad", max_delay=2.0)
-    codes: dict[str, float] = {}
-    for _ in range(300):
-        codes[it.post(max_delay=0.5)[0]] = world.now + 0.5
-        world.wait(1.0)
-    world.wait(300.0)
-    late = [request.start - codes[each] for request in it.requests if request.ok for each in codes.keys() & request.ids]
+    late = send_codes(it, 300, every=1.0, max_delay=0.5, after=300.0)
     assert len(late) == 300
     assert sum(each > 1.0 for each in late) < 10
     assert len(it.failed) == 1_000
@@ -554,12 +555,7 @@ def test_bad_messages_that_fail_slowly_leave_a_sender_for_the_others(shop: MakeS
     for _ in range(8):
         it.post(1, "bad", max_delay=0.0)
         world.wait(1.0)
-    codes: dict[str, float] = {}
-    for _ in range(200):
-        codes[it.post(max_delay=0.5)[0]] = world.now + 0.5
-        world.wait(17.0)
-    world.wait(3_600.0)
-    late = [request.start - codes[each] for request in it.requests if request.ok for each in codes.keys() & request.ids]
+    late = send_codes(it, 200, every=17.0, max_delay=0.5, after=3_600.0)
     assert len(late) == 200
     assert sum(each > 0.1 for each in late) < 40
 
@@ -575,12 +571,7 @@ def test_a_bad_message_for_which_the_provider_asks_for_a_wait_stops_the_others_n
     for number in range(50):
         it.post(1, "bad" if number == 20 else "Hi", max_delay=0.0)
     world.wait(600.0)
-    codes: dict[str, float] = {}
-    for _ in range(3_000):
-        codes[it.post(max_delay=1.0)[0]] = world.now + 1.0
-        world.wait(1.0)
-    world.wait(60.0)
-    late = [request.start - codes[each] for request in it.requests if request.ok for each in codes.keys() & request.ids]
+    late = send_codes(it, 3_000, every=1.0, max_delay=1.0, after=60.0)
     assert len(late) == 3_000
     assert sum(each > 0.5 for each in late) < 300
     assert it.failed <= {"m20"}
@@ -684,11 +675,7 @@ def test_requests_that_fail_at_random_hardly_ever_halve_a_batch(
 def test_bad_riders_hold_up_no_code_for_longer_than_a_few_backoffs(shop: MakeShop, world: World, senders: int) -> None:
     it = shop(hopeless, senders=senders, latency=0.1)
     it.post(4, "bad", max_delay=3600.0)
-    codes: dict[str, float] = {}
-    for _ in range(300):
-        codes[it.post(max_delay=1.0)[0]] = world.now + 1.0
-        world.wait(2.0)
-    late = [request.start - codes[each] for request in it.requests if request.ok for each in request.ids]
+    late = send_codes(it, 300, every=2.0, max_delay=1.0)
     assert len(late) == 300
     assert max(late) < 3.0
 
