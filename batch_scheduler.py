@@ -67,8 +67,10 @@ from message_model import LONGEST_TIME, Entry, SendMessage, ValidationError
 
 __all__ = ["Job", "Look", "Outlook", "Scheduler", "SmsProxyConfig", "Step", "Verdict", "horizon"]
 
-TAKEN_ALONE = 2  # single messages that FastSMSing took while the rest failed, after which the rest is to blame
-CHANCE_KEPT = 0.95  # of what is known of failures by chance, with each batch that is taken
+# Single messages that FastSMSing took while the rest failed, after which the rest is to blame. Where FastSMSing takes a
+# request now and then, one such message is likely before the whole is taken, two are not.
+TAKEN_ALONE = 2
+CHANCE_KEPT = 0.95  # of what is known of failures by chance, with each batch that is taken: half is left after 14
 SUSPICIOUS_PART = 1  # as `SUSPICIOUS`, of a part, which is more likely to hold a bad message
 FIRST_PACE = 1.0  # seconds that a request takes, until one was answered
 PACE_SHARE = 0.25  # of the last request in what a request takes lately

@@ -210,9 +210,9 @@ class Sender:
         return suspects
 
     def _release_riders(self, job: Job[Batch], opened: bool, last: bool) -> list[Job[Batch]]:
-        """Puts what is not due back into the outbox, but for what did not do well there: that becomes a job of its own,
-        which is returned. A batch of which nothing is due left as a full one, or is such a job: it stays, unless all
-        its tries were in an outage."""
+        """Puts what is not due back into the outbox, except what has ridden in several batches that failed, which
+        becomes a job of its own and is returned. A batch of which nothing is due left as a full one, or is such a job:
+        it stays, unless this was its last try and FastSMSing was away at each of them."""
         now = self._clock()
         back_again = last and job.riders and not job.own_failures
         if job.batch.entries[-1].due <= now or (job.batch.entries[0].due > now and not back_again):

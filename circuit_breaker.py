@@ -14,7 +14,8 @@ from collections.abc import Callable
 __all__ = ["DRAIN_BACKOFF", "PROBE_PATIENCE", "SUSPICIOUS", "CircuitBreaker"]
 
 DRAIN_BACKOFF = 1.0  # seconds; longest backoff during a drain, whose time is short
-SUSPICIOUS = 3  # failures after which a message may be to blame
+# Failures after which a message may be to blame: so many in a row are no accident while one request in ten fails.
+SUSPICIOUS = 3
 PROBE_PATIENCE = 60.0  # seconds until another request may be the probe; most clients give up after 10 to 30
 
 
